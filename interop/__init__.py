@@ -1,0 +1,55 @@
+"""Calling PyTorch from JAX and JAX from PyTorch, closed under the transforms of both.
+
+    @jittable
+    @differentiable
+    @as_jax                       # a torch function, called from JAX
+    def energy(params, x):
+        return torch.func.functional_call(net, params, (x,)).sum()
+
+    forces = jax.jit(jax.grad(energy, argnums=1))
+"""
+
+from interop._convert import jax_to_torch, torch_to_jax
+from interop._decorators import Crossed, as_jax, as_torch, differentiable, jittable
+from interop._errors import (
+    AbstractEvalError,
+    ContainerError,
+    DeviceError,
+    ForkError,
+    InteropError,
+    LeafError,
+    NarrowingError,
+    NestedError,
+    NotDifferentiableError,
+    NotJittableError,
+    OptionError,
+    OutputMismatchError,
+    PrecisionError,
+    UnsupportedError,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AbstractEvalError",
+    "ContainerError",
+    "Crossed",
+    "DeviceError",
+    "ForkError",
+    "InteropError",
+    "LeafError",
+    "NarrowingError",
+    "NestedError",
+    "NotDifferentiableError",
+    "NotJittableError",
+    "OptionError",
+    "OutputMismatchError",
+    "PrecisionError",
+    "UnsupportedError",
+    "as_jax",
+    "as_torch",
+    "differentiable",
+    "jax_to_torch",
+    "jittable",
+    "torch_to_jax",
+]

@@ -1,0 +1,93 @@
+"""Output avals from input avals, without the values; and the check of a result against what was promised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import torch
+
+from interop._derive import Flat, Static
+from interop._errors import AbstractEvalError, InteropError, OutputMismatchError
+from interop._leaf import NUMPY_OF, TORCH_OF, describe
+from interop._private import torch as torch_private
+
+
+class Aval(NamedTuple):
+    """Shape and dtype of a leaf, in neither framework's type."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    def __str__(self) -> str:
+        return describe(self)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What is known of a flat function's outputs before it runs.
+
+    Attributes:
+        avals: of the leaves, in order.
+        structure: what `flat.fn` returns beside the leaves.
+        random: whether it draws from torch's generator.
+    """
+
+    avals: tuple[Aval, ...]
+    structure: Static
+    random: bool = False
+
+
+def aval_of(leaf: Any) -> Aval:
+    """The aval of an array or a tensor."""
+    dtype = leaf.dtype
+    return Aval(tuple(leaf.shape), NUMPY_OF[dtype] if isinstance(dtype, torch.dtype) else np.dtype(dtype))
+
+
+def infer_jax(flat: Flat, avals: Sequence[Aval], *, x64: bool) -> Outputs:
+    """The outputs of a JAX function, by tracing it."""
+    with jax.enable_x64(x64):
+        outs, structure = jax.eval_shape(flat.fn, *(jax.ShapeDtypeStruct(*aval) for aval in avals))
+    return Outputs(tuple(Aval(out.shape, np.dtype(out.dtype)) for out in outs), structure)
+
+
+def infer_torch(flat: Flat, avals: Sequence[Aval]) -> Outputs:
+    """The outputs of a torch function, by running it on fake tensors.
+
+    Real tensors that the function closes over (weights, buffers) are allowed. What can't run without values raises
+    `AbstractEvalError`, naming `example_output`.
+    """
+    watch = torch_private.RandomnessWatch()
+    try:
+        with torch_private.fake_mode(), watch, torch.no_grad():
+            fakes = [torch.empty(aval.shape, dtype=TORCH_OF[aval.dtype]) for aval in avals]
+            outs, structure = flat.fn(*fakes)
+            found = tuple(Aval(tuple(out.shape), NUMPY_OF[out.dtype]) for out in outs)
+    except InteropError:
+        raise
+    except torch_private.NEEDS_VALUES as error:
+        raise AbstractEvalError(
+            f"the output shapes can't be inferred ({type(error).__name__}: {str(error).splitlines()[0]})",
+            hint="Declare them: @jittable(example_output=...)",
+        ) from error
+    return Outputs(found, structure, watch.seen)
+
+
+def check_promise(results: Sequence[Any], promised: Sequence[Aval], name: str) -> None:
+    """Raise `OutputMismatchError` unless every result has the shape and dtype that was promised for it."""
+    got, expected = [aval_of(r) for r in results], list(promised)
+    if got != expected:
+        error = OutputMismatchError("the result disagrees with what was promised for it",
+                                    got=_list(got), expected=_list(expected),
+                                    hint="Correct example_output, or return what it says")  # fmt: skip
+        error.function = name
+        raise error
+
+
+def _list(avals: Sequence[Aval]) -> str:
+    return f"({', '.join(map(str, avals))})"
+
+

@@ -1,0 +1,76 @@
+"""Bare values across: leaves, pytrees, devices and dtypes, for the user to keep."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+
+from interop._crossing import Crossing, refine
+from interop._leaf import NUMPY_OF, share_array, share_tensor, torch_device, torch_dtype
+from interop._leaf import jax_device as jax_device_of
+from interop._marshal import Kind, flatten
+from interop._side import JAX, TORCH
+
+
+def torch_to_jax(x: Any, /, *, copy: bool = False) -> Any:
+    """The value in JAX: a tensor as an array, a pytree leaf by leaf, a `torch.device` or `torch.dtype` as JAX's, a torch
+    function as a JAX function with every level on. Anything else comes back as itself.
+
+    A dense CPU tensor shares its memory with the array, in any order of its axes: a later write to the tensor shows in the
+    array. A copy is made with `copy=True`, for memory that is not dense or not aligned to 64 bytes, for a lazily
+    conjugated or negated tensor, and where 64 bits are narrowed. A tensor that requires grad is converted without its
+    graph.
+
+    While `jax_enable_x64` is off, `float64` and `complex128` are narrowed with a warning, and 64-bit integers become 32-bit
+    if they fit.
+
+    Raises:
+        LeafError: a tensor that has no counterpart (sparse, quantised, meta, an unknown subclass).
+        NarrowingError: a 64-bit integer that does not fit.
+    """
+    if isinstance(x, torch.device):
+        return jax_device_of(x)
+    if isinstance(x, torch.dtype):
+        return NUMPY_OF.get(x, x)
+    if _is_function(x):
+        return refine(x, host=JAX, differentiable=True, jittable=True)
+    leaves, tree = flatten(x)
+    return tree.unflatten(
+        [
+            share_tensor(leaf, copy=copy) if kind is Kind.TENSOR else leaf
+            for leaf, kind in zip(leaves, tree.kinds, strict=True)
+        ]
+    )
+
+
+def jax_to_torch(x: Any, /, *, copy: bool = False) -> Any:
+    """The value in torch: an array as a tensor, a pytree leaf by leaf, a `jax.Device` or numpy dtype as torch's, a JAX
+    function as a torch function with every level on. Anything else comes back as itself.
+
+    The tensor shares its memory with the array, which JAX takes for immutable: write to it only after `copy=True`. A
+    sharded array is gathered first. This waits until the array's value is there.
+
+    Raises:
+        LeafError: an array that has no counterpart (a typed PRNG key, a sub-byte integer, a deleted array, a tracer).
+    """
+    if isinstance(x, jax.Device):
+        return torch_device(x)
+    if isinstance(x, np.dtype):
+        return torch_dtype(x)
+    if _is_function(x):
+        return refine(x, host=TORCH, differentiable=True, jittable=True)
+    leaves, tree = flatten(x)
+    return tree.unflatten(
+        [
+            share_array(leaf, copy=copy) if kind in (Kind.ARRAY, Kind.KEY) else leaf
+            for leaf, kind in zip(leaves, tree.kinds, strict=True)
+        ]
+    )
+
+
+def _is_function(x: Any) -> bool:
+    """A callable that is no class, and no pytree of values that happens to be callable."""
+    return callable(x) and not isinstance(x, type) and (isinstance(x, Crossing) or jax.tree_util.all_leaves([x]))

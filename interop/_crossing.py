@@ -1,0 +1,503 @@
+"""The wrapper: a function with a frozen record of what was declared of it, calling `plan -> engine -> unplan`.
+
+A stack of decorators is one flat wrapper. Each decorator returns a refined copy of the record, so their order can't matter.
+"""
+
+from __future__ import annotations
+
+import copy
+import enum
+import functools
+import importlib
+import inspect
+import sys
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+import torch
+import torch.utils._pytree as torch_pytree
+import wrapt
+
+from interop import _compiled, _in_jax, _in_torch
+from interop._abstract import Aval, Outputs, aval_of
+from interop._derive import Flat, Levels, Static
+from interop._errors import InteropError, LeafError, OptionError
+from interop._leaf import (
+    array_of_numpy,
+    array_to_tensor,
+    describe,
+    tensor_of_numpy,
+    tensor_to_array,
+    torch_dtype,
+    x64_enabled,
+)
+from interop._marshal import Kind, Marshaller, Spec, Tree, flatten
+from interop._side import JAX, TORCH, Leaf, Leaves, Side
+from interop._signature import translate_signature
+
+# What JAX raises when a trace needs the value of a number.
+_NEEDS_VALUE = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerBoolConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+)
+
+
+# --- the record -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """What is known of a crossing. `host` is None until an `as_*` decorator has come."""
+
+    fn: Callable[..., Any]
+    host: Side | None = None
+    differentiable: bool = False
+    jittable: bool = False
+    nondiff_argnames: tuple[str, ...] = ()
+    static_argnames: tuple[str, ...] = ()
+    example_output: Any = None
+    jit: bool = True
+    vmap: str = "auto"
+    signature: Any = None
+
+    @property
+    def name(self) -> str:
+        """What messages call the function."""
+        fn: Any = self.fn
+        while isinstance(fn, functools.partial):
+            fn = fn.func
+        return getattr(fn, "__name__", None) or type(fn).__name__
+
+    @property
+    def guest(self) -> Side:
+        """The framework that the function is written in."""
+        return JAX if self.host is TORCH else TORCH
+
+
+# --- a call -----------------------------------------------------------------------------------------------------------
+
+
+class Entry:
+    """A crossing as calls see it: the function's marshaller, and its flat functions by the structure of the call."""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self.host: Side = record.host or TORCH
+        self.marshaller = Marshaller(record.fn, name=record.name, static_argnames=record.static_argnames)
+        self.flatten_call = self.marshaller.flatten_call
+        self.engine_call: Any = (_in_torch if self.host is TORCH else _in_jax).call
+        # In JAX a Python number is data of the call, given as it is. In torch it is dynamic until a trace needs its value.
+        self.bakes_numbers = self.host is JAX
+        self.token = _compiled.register(self)
+        _check_argnames(record, self.marshaller.signature)
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the guest function on host values."""
+        outs, tree = self.flat_call(args, kwargs)
+        return outs[0] if tree.single else tree.unflatten(outs)
+
+    def flat_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Tree]:
+        """The same, leaving the result flat."""
+        spec = None
+        try:
+            leaves, spec = self.flatten_call(args, kwargs)
+            flat = spec.memo.get("direct")
+            return self._call(leaves, spec) if flat is None else self.engine_call(flat, leaves)
+        except InteropError as error:
+            raise _located(error, self.record.name, spec) from error.__cause__
+
+    def _call(self, leaves: list[Leaf], spec: Spec) -> Any:
+        kind = spec.memo.get("kind") or spec.memo.setdefault("kind", _kind_of_call(spec, self.host))
+        if kind is _CallKind.DIRECT:
+            flat = spec.memo["direct"] = self._flat(spec)
+            return self.engine_call(flat, leaves)
+        if kind is _CallKind.CONVERTED:
+            return self._call_converted(leaves, spec)
+        if self.bakes_numbers:
+            return self._call_baked(leaves, spec)
+        flat = spec.memo.get("flat") or spec.memo.setdefault("flat", self._flat(spec))
+        try:
+            return self.engine_call(flat, leaves)
+        except _NEEDS_VALUE:
+            pass
+        result = self._call_baked(leaves, spec)
+        self.bakes_numbers = True  # remembered because it helped: any other error is the user's
+        return result
+
+    def _call_converted(self, leaves: list[Leaf], spec: Spec) -> Any:
+        """A call with leaves that are not the host's own: arrays of the guest, of numpy, keys."""
+        key = tuple(str(jax.random.key_impl(x)) if k is Kind.KEY else None for x, k in zip(leaves, spec.kinds, strict=True))
+        given = [_given(self.host, leaf, kind, i) for i, (leaf, kind) in enumerate(zip(leaves, spec.kinds, strict=True))]
+        if Kind.NUMBER in spec.kinds and self.bakes_numbers:
+            return self._call_baked(given, spec, key)
+        flat = _bounded(spec.memo, ("flat", key), lambda: self._flat(spec, impls=key))
+        return self.engine_call(flat, given)
+
+    def _call_baked(self, leaves: list[Leaf], spec: Spec, impls: tuple[str | None, ...] = ()) -> Any:
+        """A call whose Python numbers are constants of the flat function."""
+        numbers = tuple(leaf for leaf, kind in zip(leaves, spec.kinds, strict=True) if kind is Kind.NUMBER)
+        rest = [leaf for leaf, kind in zip(leaves, spec.kinds, strict=True) if kind is not Kind.NUMBER]
+        key = ("baked", tuple((type(n), repr(n)) for n in numbers), impls)
+        return self.engine_call(_bounded(spec.memo, key, lambda: self._flat(spec, numbers, impls)), rest)
+
+    def _flat(self, spec: Spec, numbers: tuple[Any, ...] | None = None, impls: tuple[str | None, ...] = ()) -> Flat:
+        """The function of one structure of call, as a flat function of its dynamic leaves."""
+        record, guest = self.record, self.record.guest
+        dynamic = [i for i, kind in enumerate(spec.kinds) if numbers is None or kind is not Kind.NUMBER]
+        promised = None if record.example_output is None else _promise(record, spec, dynamic, numbers)
+
+        def fn(*leaves: Leaf) -> tuple[Leaves, Static]:
+            every = leaves if numbers is None else _merged(spec.kinds, leaves, numbers)
+            args, kwargs = spec.unflatten(_keys_wrapped(every, impls))
+            outs, tree = flatten(record.fn(*args, **kwargs), numbers_static=True)
+            return tuple(_result(guest, out, kind, tree, i) for i, (out, kind) in enumerate(zip(outs, tree.kinds, strict=True))), Static(tree)
+
+        levels = Levels(record.differentiable, record.jittable, promised, record.jit, record.vmap)
+        nondiff = tuple(spec.argnames[i] in record.nondiff_argnames for i in dynamic) if record.nondiff_argnames else ()
+        kind: Any = _in_torch.JaxFlat if guest is JAX else Flat
+        return kind(guest, fn, record.name, levels, nondiff, lambda i: spec.path(dynamic[i]))
+
+
+class _CallKind(enum.Enum):
+    """What has to be done with the leaves of a call before the engine takes them."""
+
+    DIRECT = 1  # nothing: all are the host's own
+    NUMBERS = 2  # some are Python numbers
+    CONVERTED = 3  # some belong to the guest, to numpy, or are keys
+
+
+def _kind_of_call(spec: Spec, host: Side) -> _CallKind:
+    own = {Kind.TENSOR if host is TORCH else Kind.ARRAY}
+    kinds = set(spec.kinds)
+    if kinds <= own:
+        return _CallKind.DIRECT
+    return _CallKind.NUMBERS if kinds <= own | {Kind.NUMBER} else _CallKind.CONVERTED
+
+
+def _bounded(memo: dict[Any, Any], key: Any, make: Callable[[], Any], capacity: int = 64) -> Any:
+    """What was made for this key; the oldest goes when there are too many."""
+    found = memo.get(key)
+    if found is None:
+        if len(memo) > capacity:
+            del memo[next(k for k in memo if isinstance(k, tuple))]
+        found = memo[key] = make()
+    return found
+
+
+def _merged(kinds: tuple[Kind, ...], leaves: Leaves, numbers: tuple[Any, ...]) -> Leaves:
+    given, constants = iter(leaves), iter(numbers)
+    return tuple(next(constants) if kind is Kind.NUMBER else next(given) for kind in kinds)
+
+
+def _keys_wrapped(leaves: Leaves, impls: tuple[str | None, ...]) -> Leaves:
+    """Typed PRNG keys cross as their data, and are typed again on the other side."""
+    if not any(impls):
+        return leaves
+    return tuple(
+        jax.random.wrap_key_data(leaf, impl=impl) if impl else leaf for leaf, impl in zip(leaves, impls, strict=True)
+    )
+
+
+def _given(host: Side, leaf: Leaf, kind: Kind, index: int) -> Leaf:
+    """A leaf of a call as a leaf of the host."""
+    try:
+        if kind is Kind.NUMBER:
+            return leaf
+        return _tensor_given(leaf, kind) if host is TORCH else _array_given(leaf, kind)
+    except InteropError as error:
+        raise error.at(index)  # noqa: B904 - the same error, located
+
+
+def _tensor_given(leaf: Leaf, kind: Kind) -> torch.Tensor:
+    if kind is Kind.TENSOR:
+        return leaf
+    if kind is Kind.NUMPY:
+        return tensor_of_numpy(leaf)
+    return array_to_tensor(jax.random.key_data(leaf) if kind is Kind.KEY else leaf)
+
+
+def _array_given(leaf: Leaf, kind: Kind) -> Any:
+    if kind is Kind.ARRAY:
+        return leaf
+    if kind is Kind.NUMPY:
+        return array_of_numpy(leaf)
+    if kind is Kind.KEY:
+        raise LeafError("a typed PRNG key can't cross", got=describe(leaf), hint="Pass jax.random.key_data(key)")
+    if leaf.requires_grad and torch.is_grad_enabled():
+        raise LeafError(
+            "a tensor that requires grad would lose its gradient", got=describe(leaf), hint="Pass x.detach()"
+        )
+    return tensor_to_array(leaf.detach().clone(), x64=x64_enabled())
+
+
+def _result(guest: Side, out: Leaf, kind: Kind, tree: Tree, index: int) -> Leaf:
+    """A leaf of a result as a leaf of the guest, of a dtype that can cross."""
+    own = Kind.ARRAY if guest is JAX else Kind.TENSOR
+    if kind is Kind.NUMPY:
+        return array_of_numpy(out) if guest is JAX else tensor_of_numpy(out)
+    if kind is not own and not (guest is TORCH and kind is Kind.ARRAY):
+        raise LeafError(f"the result{tree.path(index)} is a {type(out).__name__}, which can't cross", got=describe(out))
+    if guest is JAX:
+        torch_dtype(out.dtype)
+        return out
+    return out if kind is own else array_to_tensor(out)
+
+
+def _promise(
+    record: Record, spec: Spec, dynamic: list[int], numbers: tuple[Any, ...] | None
+) -> Callable[[Sequence[Aval]], Outputs]:
+    """What `example_output` says of the outputs, given the avals of the inputs."""
+
+    def promised(avals: Sequence[Aval]) -> Outputs:
+        example = record.example_output
+        if isinstance(example, types.FunctionType | functools.partial | types.MethodType):
+            structs = tuple(jax.ShapeDtypeStruct(*aval) for aval in avals)
+            every = structs if numbers is None else _merged(spec.kinds, structs, numbers)
+            args, kwargs = spec.unflatten(every)
+            example = example(*args, **kwargs)
+        leaves, tree = flatten(torch_pytree.tree_map(_struct_opened, example), numbers_static=True)
+        return Outputs(tuple(aval_of(leaf) for leaf in leaves), Static(tree))
+
+    return promised
+
+
+def _struct_opened(leaf: Any) -> Any:
+    """A `ShapeDtypeStruct` as an array of that shape and dtype that takes no memory."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+    return leaf
+
+
+def _located(error: InteropError, name: str, spec: Spec | None = None) -> InteropError:
+    """The error with the function and the path of the argument filled in, once."""
+    error.function = error.function or name
+    if error.argument is None and error.leaf is not None and spec is not None:
+        error.argument = spec.path(error.leaf)
+    return error
+
+
+def _check_argnames(record: Record, signature: inspect.Signature) -> None:
+    """Raise `OptionError` for a name in an option that is no parameter of the function."""
+    has_kwargs = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    for option in ("static_argnames", "nondiff_argnames"):
+        unknown = [name for name in getattr(record, option) if name not in signature.parameters and not has_kwargs]
+        if unknown:
+            error = OptionError(f"{option} names {unknown[0]!r}, which is no parameter", expected=str(signature))
+            raise _located(error, record.name)
+
+
+# --- the wrapper ------------------------------------------------------------------------------------------------------
+
+
+class _Identity:
+    """Compare, hash and present as itself, never as the wrapped function.
+
+    A stock wrapt proxy equals what it wraps: `jax.jit` then takes both for one cache entry, and Dynamo inlines the wrapped
+    function in its place.
+    """
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __ne__(self, other: object) -> bool:
+        return self is not other
+
+    def __hash__(self) -> int:
+        return object.__hash__(self)
+
+    __class__ = property(lambda self: type(self))  # type: ignore[assignment]
+
+
+class _Signed(_Identity):
+    """Shows the guest's signature in the host's types."""
+
+    __slots__ = ()
+    _self_record: Record
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        record = _record_of(self)
+        shown = record.signature if record.signature is not None else record.fn
+        signature = inspect.signature(shown)
+        return signature if record.host is None or record.signature is not None else translate_signature(signature, record.host)
+
+    @property
+    def __annotations__(self) -> dict[str, Any]:  # type: ignore[override]
+        signature = self.__signature__
+        shown = {n: p.annotation for n, p in signature.parameters.items() if p.annotation is not p.empty}
+        if signature.return_annotation is not signature.empty:
+            shown["return"] = signature.return_annotation
+        return shown
+
+
+class BoundCrossing(_Signed, wrapt.BoundFunctionWrapper):  # type: ignore[misc, type-arg]
+    """A crossing looked up on an instance: `self` belongs to the function, as a closure does."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        instance = self._self_instance
+        if instance is None and args:
+            instance, args = args[0], args[1:]
+        bound = self._self_parent._self_bound(instance)
+        return self.__wrapped__(*args, **kwargs) if bound is None else bound(args, kwargs)
+
+
+class Crossing(_Signed, wrapt.FunctionWrapper):  # type: ignore[misc, type-arg]
+    """A function of one framework that is a native function of the other."""
+
+    __bound_function_wrapper__: ClassVar[type] = BoundCrossing
+
+    def __init__(self, record: Record) -> None:
+        super().__init__(record.fn, _unused)
+        self._self_record = record
+        self._self_entry = Entry(record) if record.host else None
+        self._self_token = self._self_entry.token if self._self_entry else ""
+        self._self_instances: dict[int, tuple[object, Entry]] = {}
+        self._self_method = _Method(self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return _compiled.call(self._self_token, self._self_record.jittable, args, kwargs)
+        if self._self_entry is None:
+            return self.__wrapped__(*args, **kwargs)
+        return self._self_entry(args, kwargs)
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        # Dynamo can't bind through wrapt; a partial of a plain object it can follow.
+        if instance is not None and torch.compiler.is_dynamo_compiling():
+            return functools.partial(self._self_method, instance)
+        return super().__get__(instance, owner)
+
+    def _self_bound(self, instance: Any) -> Any:
+        """The entry of the function bound to this instance; the oldest is forgotten when there are many."""
+        record = self._self_record
+        if record.host is None:
+            return None
+        if _is_argument(instance):
+            return _Opened(self._self_entry, instance)
+        found = self._self_instances.get(id(instance))
+        if found is None or found[0] is not instance:
+            if len(self._self_instances) >= _MAX_INSTANCES:
+                del self._self_instances[next(iter(self._self_instances))]
+            found = (instance, Entry(replace(record, fn=types.MethodType(record.fn, instance))))
+            self._self_instances[id(instance)] = found
+        return found[1]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _reduced(self)
+
+    def __reduce__(self) -> Any:
+        return _reduced(self)
+
+    def __copy__(self) -> Crossing:
+        return Crossing(self._self_record)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Crossing:
+        fn = self._self_record.fn
+        return Crossing(replace(self._self_record, fn=copy.deepcopy(fn, memo)))
+
+    def __repr__(self) -> str:
+        record = self._self_record
+        levels = [name for name in ("differentiable", "jittable") if getattr(record, name)]
+        crossed = [record.host.decorator] if record.host else []
+        return f"<{' '.join([*reversed(levels), *crossed])} {record.name}>"
+
+
+_MAX_INSTANCES = 64
+
+
+class _Opened:
+    """The entry of a method whose `self` is an argument like any other."""
+
+    def __init__(self, entry: Entry, instance: Any) -> None:
+        self.entry = entry
+        self.instance = instance
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.entry((self.instance, *args), kwargs)
+
+    def flat_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Tree]:
+        """The same, leaving the result flat."""
+        return self.entry.flat_call((self.instance, *args), kwargs)
+
+
+class _Method:
+    """A crossing as Dynamo sees it when it is looked up on an instance."""
+
+    def __init__(self, crossing: Crossing) -> None:
+        self.crossing = crossing
+
+        self.jittable = crossing._self_record.jittable
+        self.token = _compiled.register(self)
+
+    def __call__(self, instance: Any, *args: Any, **kwargs: Any) -> Any:
+        return _compiled.call(self.token, self.jittable, (instance, *args), kwargs)
+
+    def flat_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Tree]:
+        """Call the function bound to the first argument."""
+        instance, *rest = args
+        return self.crossing._self_bound(instance).flat_call(tuple(rest), kwargs)
+
+
+def _unused(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """What wrapt wants to call; `__call__` is ours."""
+    raise AssertionError
+
+
+def _record_of(crossing: Any) -> Record:
+    if isinstance(crossing, BoundCrossing):
+        parent: Record = crossing._self_parent._self_record
+        return replace(parent, fn=crossing.__wrapped__)
+    record: Record = crossing._self_record
+    return record
+
+
+def _is_argument(instance: Any) -> bool:
+    """Whether a `self` is opened like any argument: a leaf, or a pytree that JAX knows."""
+    if isinstance(instance, torch.Tensor | jax.Array | np.ndarray):
+        return True
+    return not isinstance(instance, type) and jax.tree_util.all_leaves([instance]) is False
+
+
+def _reduced(crossing: Crossing) -> Any:
+    """By qualified name where the module's attribute is the crossing itself, else by what it was made of."""
+    fn = crossing._self_record.fn
+    module, name = getattr(fn, "__module__", None), getattr(fn, "__qualname__", None)
+    if module and name and _lookup(module, name) is crossing:
+        return _find, (module, name)
+    return Crossing, (crossing._self_record,)
+
+
+def _lookup(module: str, name: str) -> Any:
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, "__dict__", {}).get(part) if isinstance(found, type) else getattr(found, part, None)
+    return found
+
+
+def _find(module: str, name: str) -> Any:
+    importlib.import_module(module)
+    return _lookup(module, name)
+
+
+# --- refining ---------------------------------------------------------------------------------------------------------
+
+
+def refine(fn: Any, **changes: Any) -> Any:
+    """The crossing of `fn` with these changes of its record; `fn` may be a function, a crossing, or a method object."""
+    if isinstance(fn, staticmethod | classmethod):
+        return type(fn)(refine(fn.__func__, **changes))
+    if not callable(fn):
+        raise OptionError(f"a {type(fn).__name__} can't be decorated", expected="a callable", hint="Options are keyword-only")
+    record = _record_of(fn) if isinstance(fn, Crossing | BoundCrossing) else Record(fn)
+    host = changes.get("host")
+    if host is not None and record.host is not None and host is not record.host:
+        return record.fn  # crossed and crossed back: the function itself, with no framework in between
+    return Crossing(replace(record, **changes))

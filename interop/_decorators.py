@@ -1,0 +1,207 @@
+"""The four decorators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any, Protocol, TypeVar, overload
+
+import jax
+import torch
+from typing_extensions import ParamSpec
+
+from interop._crossing import refine
+from interop._errors import OptionError, UnsupportedError
+from interop._side import JAX, TORCH
+
+P = ParamSpec("P")
+R_co = TypeVar("R_co", covariant=True)
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Crossed(Protocol[P, R_co]):
+    """A crossed function: the guest's parameters, taking the host's values; the result in the host's types."""
+
+    @overload
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+    @overload
+    def __call__(self, *args: Any, **kwargs: Any) -> R_co: ...
+
+
+class _Keep(Protocol):
+    """A decorator that does not change the type of what it decorates."""
+
+    def __call__(self, fn: F, /) -> F: ...
+
+
+@overload
+def as_torch(fn: Callable[P, jax.Array], /) -> Crossed[P, torch.Tensor]: ...
+@overload
+def as_torch(fn: Callable[P, tuple[jax.Array, ...]], /) -> Crossed[P, tuple[torch.Tensor, ...]]: ...
+@overload
+def as_torch(fn: Callable[P, Any], /) -> Crossed[P, Any]: ...
+@overload
+def as_torch(
+    *, static_argnames: str | Collection[str] = ..., jit: bool = ..., signature: Callable[..., Any] | None = ...
+) -> Callable[[Callable[P, Any]], Crossed[P, Any]]: ...
+def as_torch(
+    fn: Any = None,
+    /,
+    *,
+    static_argnames: str | Collection[str] = (),
+    jit: bool = True,
+    signature: Callable[..., Any] | None = None,
+) -> Any:
+    """A JAX function as a function of torch.
+
+    It takes and returns tensors, wherever JAX has arrays: alone, or in tuples, lists, dicts, dataclasses, named tuples and
+    every container registered with either framework. It is compiled by `jax.jit`, once for each combination of shapes,
+    dtypes and static arguments, and composes with `torch.func.vmap`. Stack `differentiable` for derivatives and `jittable`
+    for `torch.compile`, in any order.
+
+    What crosses: a dense, 64-byte aligned CPU tensor is shared with JAX for the length of the call, any other layout is
+    copied; results are handed over without a copy and belong to the caller. Dtypes are kept. While `jax_enable_x64` is
+    off, a call with a 64-bit float runs under a scoped `jax.enable_x64` in forward and backward (constants that the
+    function makes are then 64-bit too), and 64-bit integers are range-checked and cross as 32-bit.
+
+    Python numbers are traced, weakly typed; they become static by themselves when the trace needs their value. `str`,
+    `bool`, `None` and other hashable objects are static. What the function reads from a closure, or from `self`, is read
+    when it is traced.
+
+    Args:
+        fn: a function of arrays, or anything callable; without it, the decorator with these options.
+        static_argnames: arguments that are static whatever they are.
+        jit: whether the function may be traced; only True is supported.
+        signature: a stub whose signature is shown, and checked statically, instead of the translated one.
+
+    Returns:
+        The crossing: it looks like `fn`, with tensors in its signature.
+
+    Raises:
+        LeafError: an argument or a result can't cross (sparse, quantised, an unknown subclass, a dtype without counterpart).
+        ContainerError: an argument hides a tensor in an object that can't be opened.
+        NarrowingError: a 64-bit integer does not fit into 32 bits while x64 is off.
+        NotDifferentiableError: a tensor that requires grad, without `differentiable`.
+        NotJittableError: a trace by torch, without `jittable`.
+    """
+    if not jit:
+        raise UnsupportedError("as_torch(jit=False) is not there yet", hint="Remove it if the function can be traced")
+    options = {"host": TORCH, "static_argnames": _names(static_argnames), "jit": jit, "signature": signature}
+    return _decorate(fn, options)
+
+
+@overload
+def as_jax(fn: Callable[P, torch.Tensor], /) -> Crossed[P, jax.Array]: ...
+@overload
+def as_jax(fn: Callable[P, tuple[torch.Tensor, ...]], /) -> Crossed[P, tuple[jax.Array, ...]]: ...
+@overload
+def as_jax(fn: Callable[P, Any], /) -> Crossed[P, Any]: ...
+@overload
+def as_jax(
+    *,
+    static_argnames: str | Collection[str] = ...,
+    rng: str | None = ...,
+    vmap: str = ...,
+    mutable: bool = ...,
+    signature: Callable[..., Any] | None = ...,
+) -> Callable[[Callable[P, Any]], Crossed[P, Any]]: ...
+def as_jax(
+    fn: Any = None,
+    /,
+    *,
+    static_argnames: str | Collection[str] = (),
+    rng: str | None = None,
+    vmap: str = "auto",
+    mutable: bool = False,
+    signature: Callable[..., Any] | None = None,
+) -> Any:
+    """A torch function as a function of JAX.
+
+    It takes and returns arrays, wherever torch has tensors, in the same containers as `as_torch`. Real torch runs, eagerly
+    on the caller's thread, or as a callback of a compiled program. It composes with `jax.vmap`. Stack `differentiable` for
+    derivatives and `jittable` for `jax.jit` and its kin, in any order.
+
+    What crosses: the function works on its own copy of its arguments, so that it may write to them; results are handed
+    over without a copy where nobody else holds them. Dtypes are kept; while `jax_enable_x64` is off, an `int64` result is
+    range-checked and comes as `int32`, and a `float64` result raises.
+
+    Python numbers are given as they are. A tensor among the arguments passes through, copied.
+
+    Args:
+        fn: a function of tensors, or anything callable; without it, the decorator with these options.
+        static_argnames: arguments that are static whatever they are.
+        rng: not supported yet.
+        vmap: "auto" batches by `torch.func.vmap`, and by a loop where torch has no rule; "sequential" always loops.
+        mutable: not supported yet.
+        signature: a stub whose signature is shown, and checked statically, instead of the translated one.
+
+    Returns:
+        The crossing: it looks like `fn`, with arrays in its signature.
+
+    Raises:
+        LeafError: an argument or a result can't cross.
+        PrecisionError: the function returned a 64-bit float while x64 is off.
+        ContainerError: an argument hides an array in an object that can't be opened.
+        NotDifferentiableError: a derivative, without `differentiable`.
+        NotJittableError: a compiled program, without `jittable`.
+        AbstractEvalError: under a trace, the output shapes can't be inferred: declare `example_output`.
+    """
+    if vmap not in ("auto", "sequential"):
+        raise OptionError(f"vmap={vmap!r}", expected="'auto' or 'sequential'")
+    for name, given in (("rng", rng), ("mutable", mutable)):
+        if given:
+            raise UnsupportedError(f"as_jax({name}=) is not there yet")
+    options = {"host": JAX, "static_argnames": _names(static_argnames), "vmap": vmap, "signature": signature}
+    return _decorate(fn, options)
+
+
+@overload
+def differentiable(fn: F, /) -> F: ...
+@overload
+def differentiable(*, nondiff_argnames: str | Collection[str] = ...) -> _Keep: ...
+def differentiable(fn: Any = None, /, *, nondiff_argnames: str | Collection[str] = ()) -> Any:
+    """Derivatives cross: the gradient of the crossing is the gradient of the function, at every order.
+
+    In torch: `backward`, double backward, `torch.func.*`, forward-mode AD. In JAX: `grad`, `jvp`, `hessian`, `linearize`.
+    Gradients come in the dtype of their input, and for complex values in the host's convention (torch's is the conjugate
+    of JAX's). Integer and bool leaves beside float ones have no gradient.
+
+    Args:
+        fn: a crossing, or a function that a later `as_torch` or `as_jax` will cross.
+        nondiff_argnames: arguments of which no derivative is taken; asking for one raises.
+
+    Raises:
+        NotDifferentiableError: at the call, a derivative in an argument of `nondiff_argnames`.
+    """
+    return _decorate(fn, {"differentiable": True, "nondiff_argnames": _names(nondiff_argnames)})
+
+
+@overload
+def jittable(fn: F, /) -> F: ...
+@overload
+def jittable(*, example_output: Any) -> _Keep: ...
+def jittable(fn: Any = None, /, *, example_output: Any = None) -> Any:
+    """The crossing may be traced: by `torch.compile` and its kin, or by `jax.jit` and its kin.
+
+    Output shapes are inferred. For a torch function whose shapes can't be (they depend on values, or it calls numpy),
+    `example_output` says them; a result that disagrees raises.
+
+    Args:
+        fn: a crossing, or a function that a later `as_torch` or `as_jax` will cross.
+        example_output: a pytree of arrays, tensors or `jax.ShapeDtypeStruct`s, of which only shape and dtype are read, or a
+            function from the inputs' `ShapeDtypeStruct`s to one.
+
+    Raises:
+        OutputMismatchError: at the call, a result that is not what `example_output` says.
+    """
+    return _decorate(fn, {"jittable": True, "example_output": example_output})
+
+
+def _decorate(fn: Any, options: dict[str, Any]) -> Any:
+    """Bare or with options."""
+    if fn is None:
+        return lambda function: refine(function, **options)
+    return refine(fn, **options)
+
+
+def _names(names: str | Collection[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)

@@ -1,0 +1,315 @@
+"""One leaf across, both ways: dtypes, layout, alignment, devices and lifetime.
+
+Two sets of rules. *In a crossing* (`tensor_to_array`, `array_to_tensor`) a value is exact or an error, and dense: the
+array aliases the tensor's memory only until the call returns. *Bare* (`share_tensor`, `share_array`) a value lives on in
+the user's hands: any dense layout is shared, and 64-bit values follow what JAX can hold.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import torch
+
+from interop._errors import DeviceError, ForkError, LeafError, NarrowingError
+from interop._private import jax as jax_private
+from interop._private import torch as torch_private
+
+# --- dtypes -----------------------------------------------------------------------------------------------------------
+
+NUMPY_OF: dict[torch.dtype, np.dtype[Any]] = {
+    torch_dtype: np.dtype(numpy_dtype)
+    for torch_dtype, numpy_dtype in {
+        torch.bool: np.bool_,
+        torch.int8: np.int8,
+        torch.int16: np.int16,
+        torch.int32: np.int32,
+        torch.int64: np.int64,
+        torch.uint8: np.uint8,
+        torch.uint16: np.uint16,
+        torch.uint32: np.uint32,
+        torch.uint64: np.uint64,
+        torch.float16: np.float16,
+        torch.bfloat16: ml_dtypes.bfloat16,
+        torch.float32: np.float32,
+        torch.float64: np.float64,
+        torch.complex64: np.complex64,
+        torch.complex128: np.complex128,
+        torch.float8_e4m3fn: ml_dtypes.float8_e4m3fn,
+        torch.float8_e4m3fnuz: ml_dtypes.float8_e4m3fnuz,
+        torch.float8_e5m2: ml_dtypes.float8_e5m2,
+        torch.float8_e5m2fnuz: ml_dtypes.float8_e5m2fnuz,
+        torch.float8_e8m0fnu: ml_dtypes.float8_e8m0fnu,
+    }.items()
+}
+TORCH_OF: dict[np.dtype[Any], torch.dtype] = {numpy_dtype: dtype for dtype, numpy_dtype in NUMPY_OF.items()}
+
+# What 64-bit dtypes become in a JAX that keeps 32 bits.
+_NARROW = {
+    np.dtype(np.int64): np.dtype(np.int32),
+    np.dtype(np.uint64): np.dtype(np.uint32),
+    np.dtype(np.float64): np.dtype(np.float32),
+    np.dtype(np.complex128): np.dtype(np.complex64),
+}
+_WIDE_INTS = {torch.int64: torch.int32, torch.uint64: torch.uint32}
+WIDE_FLOATS = frozenset({torch.float64, torch.complex128})
+
+# What numpy reads, and JAX keeps in any width.
+NUMPY_READS = frozenset(
+    dtype for dtype, seen in NUMPY_OF.items() if seen.kind in "biufc" and seen.isbuiltin == 1 and seen not in _NARROW
+)
+
+_SHORT = {"float": "f", "int": "i", "uint": "u", "complex": "c", "bfloat": "bf"}
+
+
+def x64_enabled() -> bool:
+    """Whether JAX keeps 64 bits in this thread."""
+    return bool(jax.config.jax_enable_x64)
+
+
+def jax_dtype(dtype: torch.dtype, *, x64: bool) -> np.dtype[Any]:
+    """The dtype in which JAX holds a tensor of this dtype; raises `LeafError` where there is none."""
+    found = NUMPY_OF.get(dtype)
+    if found is None:
+        raise LeafError(f"dtype {dtype} has no counterpart in JAX")
+    return found if x64 else _NARROW.get(found, found)
+
+
+def torch_dtype(dtype: Any) -> torch.dtype:
+    """The torch dtype of an array's dtype; raises `LeafError` where there is none."""
+    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+        raise LeafError(f"a typed PRNG key ({dtype}) can't cross", hint="Pass jax.random.key_data(key)")
+    found = TORCH_OF.get(np.dtype(dtype))
+    if found is None:
+        raise LeafError(f"dtype {np.dtype(dtype).name} has no counterpart in torch")
+    return found
+
+
+def describe(leaf: Any) -> str:
+    """Shape and dtype in JAX's short form: `f32[2,3]`; the type's name for what has none."""
+    shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
+    if shape is None or dtype is None:
+        return type(leaf).__name__
+    name = str(dtype).removeprefix("torch.")
+    stem = name.rstrip("0123456789")
+    short = _SHORT[stem] + name[len(stem) :] if stem in _SHORT else name
+    return f"{short}[{','.join(map(str, shape))}]"
+
+
+# --- devices ----------------------------------------------------------------------------------------------------------
+
+_DEVICES: dict[torch.device, Any] = {}
+_forked = False
+
+
+def _after_fork() -> None:
+    """JAX's threads do not survive a fork: the child forgets its devices, and asking for one raises."""
+    global _forked  # noqa: PLW0603 - the process itself is the state
+    _forked = _forked or jax_private.backend_runs()
+    if _forked:
+        _DEVICES.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def jax_device(device: torch.device) -> Any:
+    """The JAX device of a torch device; starts the backend on first use."""
+    found = _DEVICES.get(device)
+    if found is None:
+        found = _DEVICES[device] = _find_jax_device(device)
+    return found
+
+
+def _find_jax_device(device: torch.device) -> Any:
+    if _forked:
+        raise ForkError(
+            "this process was forked from one that runs JAX, whose threads did not survive",
+            hint="Start it by spawn or forkserver: DataLoader(..., multiprocessing_context='spawn')",
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise DeviceError(f"tensors on a '{device.type}' device can't cross", hint="Move them to 'cpu' or 'cuda'")
+    if device.type == "cpu":
+        return jax.local_devices(backend="cpu")[0]
+    index = torch.cuda.current_device() if device.index is None else device.index
+    try:
+        return next(d for d in jax.local_devices(backend="cuda") if d.local_hardware_id == index)
+    except (RuntimeError, StopIteration):
+        raise DeviceError(f"JAX has no device for {device}", hint="Install jax[cuda12] or jax[cuda13]") from None
+
+
+def torch_device(device: Any) -> torch.device:
+    """The torch device of a JAX device."""
+    if device.platform == "cpu":
+        return torch.device("cpu")
+    if device.platform in ("gpu", "cuda"):
+        return torch.device("cuda", device.local_hardware_id)
+    raise DeviceError(f"arrays on a '{device.platform}' device can't cross", hint="Move them to 'cpu' or 'gpu'")
+
+
+# --- a tensor becomes an array ----------------------------------------------------------------------------------------
+
+# Types whose memory is what it says. A wrapper subclass has none: JAX would read address 0.
+PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
+_CPU = torch.device("cpu")
+_DIRECT = frozenset(NUMPY_OF) - WIDE_FLOATS - {torch.int64, torch.uint64, torch.complex64}
+_import, _capsule_of = jax_private.import_tensor, torch_private.capsule_of
+
+
+def tensor_to_array(t: torch.Tensor, *, x64: bool = False) -> jax.Array:
+    """A tensor as an array for the length of one crossing: shared where dense and aligned, else copied; exact or an error.
+
+    The caller sees to it that `x64` is on while a 64-bit float crosses.
+    """
+    if (
+        type(t) not in PLAIN
+        or t.dtype not in _DIRECT
+        or t.layout is not torch.strided
+        or t.is_nested
+        or not t.is_cpu
+        or t.is_neg()
+        or not t.is_contiguous()
+        or t.data_ptr() & 63
+    ):
+        t = _dense(resolve(t), x64=x64)
+    return _import(t.detach(), _capsule_of, jax_device(t.device))
+
+
+def argument_of(t: torch.Tensor, *, x64: bool) -> Any:
+    """A tensor as an argument of a jitted function, for the length of one call whose outputs are waited for.
+
+    A numpy view costs 1 us, against 4 us through DLPack, and any strides will do. What it can't express torch refuses.
+    """
+    if type(t) in PLAIN and t.dtype in NUMPY_READS:
+        try:
+            return t.detach().numpy()
+        except (RuntimeError, TypeError):
+            pass  # on a GPU, negated, sparse, meta: the other way knows which
+    return tensor_to_array(t, x64=x64)
+
+
+def resolve(t: torch.Tensor) -> torch.Tensor:
+    """The tensor itself with its lazy bits applied; raises `LeafError` for one whose memory is not its value."""
+    if type(t) not in PLAIN:
+        raise LeafError(f"a tensor of type {type(t).__module__}.{type(t).__qualname__} can't cross", hint=_way_out(t))
+    if t.is_nested:
+        raise LeafError("a nested tensor can't cross", hint="Pass x.to_padded_tensor(0.0)")
+    if t.layout is not torch.strided:
+        raise LeafError(f"a {str(t.layout).removeprefix('torch.')} tensor can't cross", hint="Pass x.to_dense()")
+    if t.is_meta:
+        raise LeafError("a tensor on the 'meta' device has no values", hint="Materialise it with to_empty()")
+    jax_dtype(t.dtype, x64=True)
+    return t.resolve_conj().resolve_neg()
+
+
+def _way_out(t: torch.Tensor) -> str:
+    if hasattr(t, "to_local"):
+        return "Pass its local part, x.to_local()"
+    return "Convert it to a plain torch.Tensor first"
+
+
+def _dense(t: torch.Tensor, *, x64: bool) -> torch.Tensor:
+    """Contiguous, 64-byte aligned, and of a dtype that JAX keeps.
+
+    Unaligned memory is copied here: JAX would copy it too, but only after the call has returned.
+    """
+    if t.dtype in _WIDE_INTS and not x64:
+        t = narrow(t)
+    t = t.contiguous()
+    return t.clone() if t.data_ptr() & 63 else t
+
+
+def narrow(t: torch.Tensor) -> torch.Tensor:
+    """A 64-bit integer tensor in 32 bits; raises `NarrowingError` if a value does not fit."""
+    target = _WIDE_INTS[t.dtype]
+    small = t.to(target)
+    lost = (small.to(t.dtype) != t).nonzero()
+    if lost.numel():
+        value = t[tuple(lost[0].tolist())].item()
+        raise NarrowingError(
+            f"the value {value} does not fit into {str(target).removeprefix('torch.')}",
+            got=describe(t),
+            hint="JAX keeps 32 bits: set jax.config.update('jax_enable_x64', True)",
+        )
+    return small
+
+
+def share_tensor(t: torch.Tensor, *, copy: bool = False) -> jax.Array:
+    """A tensor as an array that the user keeps: its memory is shared in any dense layout, unless `copy`."""
+    x64 = x64_enabled()
+    t = resolve(t.detach())
+    if t.dtype in WIDE_FLOATS and not x64:
+        warnings.warn(
+            f"{describe(t)} is narrowed to 32 bits: JAX keeps 64 only with jax_enable_x64", UserWarning, stacklevel=4
+        )
+        t = t.to(torch.float32 if t.dtype is torch.float64 else torch.complex64)
+    elif t.dtype in _WIDE_INTS and not x64:
+        t = narrow(t)
+    elif copy or t.data_ptr() & 63:
+        t = t.clone()
+    return _import(_compact(t), _capsule_of, jax_device(t.device))
+
+
+def _compact(t: torch.Tensor) -> torch.Tensor:
+    """The tensor itself if some order of its axes is contiguous (JAX keeps that order as a layout), else a copy."""
+    axes = sorted(range(t.dim()), key=lambda i: (t.shape[i] == 1, -t.stride(i)))
+    return t if t.numel() == 0 or t.permute(axes).is_contiguous() else t.contiguous()
+
+
+# --- an array becomes a tensor ----------------------------------------------------------------------------------------
+
+_from_capsule, _array_capsule = torch_private.from_capsule, jax_private.capsule_of
+
+
+def export(a: jax.Array) -> torch.Tensor:
+    """A tensor over the memory of an array that is dense, on one device, and ready or about to be: the hot path."""
+    return _from_capsule(_array_capsule(a))
+
+
+def array_to_tensor(a: Any) -> torch.Tensor:
+    """A tensor over the memory of an array; a sharded one is gathered first. Raises `LeafError` where there is none."""
+    return export(local(a))
+
+
+def local(a: Any) -> jax.Array:
+    """The array on one device, checked to be one that torch can hold."""
+    if isinstance(a, jax.core.Tracer):
+        raise LeafError(f"a tracer ({describe(a)}) has no values to share", hint="Stack @jittable and @as_jax")
+    torch_dtype(a.dtype)
+    if a.is_deleted():
+        raise LeafError(f"the array {describe(a)} was deleted or donated")
+    if len(a.sharding.device_set) > 1:
+        a = jax.device_put(a, min(a.sharding.device_set, key=lambda d: d.id))
+    return a
+
+
+def share_array(a: Any, *, copy: bool = False) -> torch.Tensor:
+    """An array as a tensor that the user keeps: its memory is shared unless `copy`."""
+    t = array_to_tensor(a)
+    return t.clone() if copy else t
+
+
+# --- numpy ------------------------------------------------------------------------------------------------------------
+
+
+def tensor_of_numpy(x: Any) -> torch.Tensor:
+    """A numpy array or scalar as a tensor, copied: numpy's memory is the user's to write."""
+    x = np.array(x)
+    if x.dtype not in TORCH_OF:
+        raise LeafError(f"a numpy array of dtype {x.dtype} can't cross")
+    if x.dtype.kind == "V":  # bfloat16 and float8 are numpy extensions that torch does not read
+        return torch.from_numpy(x.view(f"u{x.dtype.itemsize}")).view(TORCH_OF[x.dtype])
+    return torch.from_numpy(x)
+
+
+def array_of_numpy(x: Any) -> jax.Array:
+    """A numpy array or scalar as an array, in the dtype that JAX gives it; an integer that does not fit raises."""
+    t = tensor_of_numpy(x)
+    if t.dtype in WIDE_FLOATS or x64_enabled():
+        return jax.numpy.array(np.asarray(x))
+    return tensor_to_array(t)

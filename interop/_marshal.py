@@ -1,0 +1,511 @@
+"""The plan of a call: `(leaves, Spec)` and back.
+
+One pass over the arguments appends leaves to one list and tokens to another. The tokens, as a tuple, are the structure:
+hashable, with the order of dicts and the types of statics in it. A structure is understood once (`_Node`s that rebuild
+it) and kept in a bounded cache.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import enum
+import inspect
+import sys
+import types
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+
+from interop._errors import ContainerError, OptionError
+from interop._leaf import describe
+from interop._private import torch as torch_private
+from interop._signature import compile_binder, signature_of
+
+
+class Kind(enum.IntEnum):
+    """What a leaf is. All but STATIC are dynamic: they are leaves of the call, and not part of its structure."""
+
+    TENSOR = 0
+    ARRAY = 1
+    NUMPY = 2
+    NUMBER = 3
+    KEY = 4
+    STATIC = 5
+
+
+_NUMBERS = (int, float, complex)
+_KINDS: dict[type, Kind | None] = {  # None: a container, or not met yet
+    torch.Tensor: Kind.TENSOR,
+    torch.nn.Parameter: Kind.TENSOR,
+    np.ndarray: Kind.NUMPY,
+    int: Kind.NUMBER,
+    float: Kind.NUMBER,
+    complex: Kind.NUMBER,
+    bool: Kind.STATIC,
+    str: Kind.STATIC,
+    bytes: Kind.STATIC,
+    type(None): Kind.STATIC,
+}
+
+
+def _kind(x: Any) -> Kind | None:
+    """The kind of a leaf, by its type; None for what may be a container."""
+    t = type(x)
+    if isinstance(x, torch.Tensor):
+        kind = Kind.TENSOR
+    elif isinstance(x, jax.Array):
+        return Kind.KEY if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else Kind.ARRAY
+    elif isinstance(x, np.ndarray | np.generic):
+        kind = Kind.NUMPY
+    elif isinstance(x, enum.Enum | torch.dtype | torch.device | torch.Size | np.dtype | type):
+        kind = Kind.STATIC
+    else:
+        return None
+    _KINDS[t] = kind
+    return kind
+
+
+# --- structure --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Container:
+    """How one type of container is rebuilt from its children; equal when it would be rebuilt alike."""
+
+    type: type
+    aux: Any
+    names: tuple[str, ...]  # of the children, as they read in an argument path
+    build: Callable[[list[Any]], Any] = dataclasses.field(compare=False)
+
+    @property
+    def count(self) -> int:
+        return len(self.names)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """A static leaf: compared by type and value, floats and complex by their bits (0.0 is not -0.0, nan is nan)."""
+
+    type: type
+    key: Any
+    value: Any = dataclasses.field(compare=False)
+
+
+_LEAF = {kind: kind for kind in Kind}
+
+
+class _Flattener:
+    """One pass over a pytree."""
+
+    def __init__(self, *, numbers_static: bool) -> None:
+        self.leaves: list[Any] = []
+        self.tokens: list[Any] = []
+        self.numbers_static = numbers_static
+
+    def add(self, x: Any) -> None:
+        t = type(x)
+        kind = _KINDS.get(t)
+        if kind is None:
+            kind = _kind(x) if t not in _OPENERS else None
+            if kind is None:
+                self.open(x, t)
+                return
+        if kind is Kind.STATIC or (kind is Kind.NUMBER and self.numbers_static):
+            self.tokens.append(_static(x))
+        else:
+            self.leaves.append(x)
+            self.tokens.append(kind)
+
+    def open(self, x: Any, t: type) -> None:
+        opener = _OPENERS.get(t) or _opener_for(x)
+        opened = opener(x) if opener else None
+        if opened is None:
+            self.tokens.append(_opaque(x))
+            return
+        container, children = opened
+        self.tokens.append(container)
+        for child in children:
+            self.add(child)
+
+
+def _static(x: Any) -> _Static:
+    key = repr(x) if isinstance(x, float | complex) else x
+    return _Static(type(x), key, x)
+
+
+def _opaque(x: Any) -> _Static:
+    """A leaf that is neither value nor container: static, if it is hashable and hides nothing."""
+    hidden = _hidden(x)
+    if hidden:
+        raise ContainerError(
+            f"a {type(x).__qualname__} hides {hidden} and can't be opened",
+            hint=_way_out(x),
+        )
+    try:
+        hash(x)
+    except TypeError:
+        raise ContainerError(
+            f"a {type(x).__qualname__} is neither a value, a known container, nor hashable",
+            hint="Register it with jax.tree_util, or pass its parts",
+        ) from None
+    return _static(x)
+
+
+def _way_out(x: Any) -> str:
+    if isinstance(x, torch.nn.Module):
+        return "Pass its parameters: torch.func.functional_call(module, params, args)"
+    if type(x).__name__.endswith("Cache"):
+        return "Call the model with use_cache=False"
+    return "Register it with jax.tree_util, or pass its parts"
+
+
+def _hidden(x: Any) -> str | None:
+    """What value an opaque object holds, looking into containers and one level of its attributes."""
+    if isinstance(x, type | types.FunctionType | types.ModuleType | types.BuiltinFunctionType):
+        return None
+    inside = list(getattr(x, "__dict__", {}).items())
+    inside += [(n, getattr(x, n, None)) for n in _slots(type(x))]
+    if isinstance(x, set | frozenset | collections.abc.Mapping):
+        inside += [(str(k), v) for k, v in (x.items() if isinstance(x, collections.abc.Mapping) else enumerate(x))]
+    for name, value in inside:
+        found = _first_value(value)
+        if found is not None:
+            return f"{describe(found)} in .{name}"
+    return None
+
+
+def _slots(t: type) -> list[str]:
+    names = [getattr(base, "__slots__", ()) for base in t.__mro__]
+    return [n for ns in names for n in ((ns,) if isinstance(ns, str) else ns) if not n.startswith("__")]
+
+
+def _first_value(x: Any, depth: int = 0) -> Any:
+    if isinstance(x, torch.Tensor | jax.Array | np.ndarray):
+        return x
+    if depth < 8 and isinstance(x, dict | list | tuple | set | frozenset | collections.deque):
+        items = x.values() if isinstance(x, dict) else x
+        return next((v for v in (_first_value(i, depth + 1) for i in items) if v is not None), None)
+    return None
+
+
+# --- containers -------------------------------------------------------------------------------------------------------
+
+_Opened = tuple[_Container, Sequence[Any]] | None
+
+
+def _keys_of(x: Any) -> tuple[tuple[type, Any], ...]:
+    return tuple([(type(k), k) for k in x])
+
+
+def _open_dict(x: dict[Any, Any]) -> _Opened:
+    keys = tuple(x)
+    names = tuple([f"[{k!r}]" for k in keys])
+    return _Container(dict, _keys_of(x), names, lambda c: dict(zip(keys, c, strict=True))), list(x.values())
+
+
+def _open_ordered(x: Any) -> _Opened:
+    keys, names = tuple(x), tuple(f"[{k!r}]" for k in x)
+    build: Callable[[list[Any]], Any] = lambda c: collections.OrderedDict(zip(keys, c, strict=True))  # noqa: E731
+    return _Container(collections.OrderedDict, _keys_of(x), names, build), list(x.values())
+
+
+def _open_defaultdict(x: Any) -> _Opened:
+    keys, names, factory = tuple(x), tuple(f"[{k!r}]" for k in x), x.default_factory
+    build: Callable[[list[Any]], Any] = lambda c: collections.defaultdict(factory, zip(keys, c, strict=True))  # noqa: E731
+    return _Container(collections.defaultdict, (factory, _keys_of(x)), names, build), list(x.values())
+
+
+_INDEX_NAMES = [tuple(f"[{i}]" for i in range(n)) for n in range(64)]
+
+
+def _indices(n: int) -> tuple[str, ...]:
+    return _INDEX_NAMES[n] if n < 64 else tuple(f"[{i}]" for i in range(n))
+
+
+def _open_tuple(x: tuple[Any, ...]) -> _Opened:
+    return _Container(tuple, None, _indices(len(x)), tuple), x
+
+
+def _open_list(x: list[Any]) -> _Opened:
+    return _Container(list, None, _indices(len(x)), list), x
+
+
+def _open_deque(x: Any) -> _Opened:
+    maxlen = x.maxlen
+    return _Container(collections.deque, maxlen, _indices(len(x)), lambda c: collections.deque(c, maxlen)), list(x)
+
+
+def _open_slice(x: slice) -> _Opened:
+    parts = (x.start, x.stop, x.step)
+    if all(p is None or isinstance(p, int) for p in parts):
+        return _Container(slice, parts, (), lambda _: slice(*parts)), ()
+    return _Container(slice, None, (".start", ".stop", ".step"), lambda c: slice(*c)), parts
+
+
+def _open_named(x: Any) -> _Opened:
+    t = type(x)
+    return _Container(t, None, tuple(f".{n}" for n in t._fields), lambda c: t(*c)), tuple(x)
+
+
+def _open_struct(x: Any) -> _Opened:
+    """A result of torch with named fields (`torch.return_types`)."""
+    t = type(x)
+    return _Container(t, None, _indices(len(x)), lambda c: t(c)), tuple(x)
+
+
+def _open_registered(x: Any) -> _Opened:
+    """One level of a pytree that JAX knows."""
+    is_child: Callable[[Any], bool] = lambda y: y is not x  # noqa: E731
+    paths, treedef = jax.tree_util.tree_flatten_with_path(x, is_leaf=is_child)
+    names = tuple(jax.tree_util.keystr(path) for path, _ in paths)
+    return _Container(type(x), treedef, names, treedef.unflatten), [child for _, child in paths]
+
+
+def _open_dataclass(x: Any) -> _Opened:
+    """A dataclass that is not registered, by its fields; it may have an `__init__` of its own, so that is not called."""
+    t, fields = type(x), tuple(f.name for f in dataclasses.fields(x) if hasattr(x, f.name))
+
+    def build(children: list[Any]) -> Any:
+        new = t.__new__(t)
+        for name, child in zip(fields, children, strict=True):
+            object.__setattr__(new, name, child)
+        return new
+
+    return _Container(t, None, tuple(f".{n}" for n in fields), build), [getattr(x, n) for n in fields]
+
+
+def _open_torch_registered(x: Any) -> _Opened:
+    """One level of a pytree that torch knows (ModelOutput, TensorDict, a user's own)."""
+    t = type(x)
+    children, context, build = torch_private.open_pytree(x)
+    return _Container(t, _hashable(context), _indices(len(children)), build), children
+
+
+def _open_batch_encoding(x: Any) -> _Opened:
+    t, keys = type(x), tuple(x.data)
+    names = tuple(f"[{k!r}]" for k in keys)
+    return _Container(t, keys, names, lambda c: t(dict(zip(keys, c, strict=True)))), list(x.data.values())
+
+
+def _hashable(context: Any) -> Any:
+    try:
+        hash(context)
+    except TypeError:
+        return repr(context)
+    return context
+
+
+_OPENERS: dict[type, Callable[[Any], _Opened]] = {
+    dict: _open_dict,
+    tuple: _open_tuple,
+    list: _open_list,
+    collections.OrderedDict: _open_ordered,
+    collections.defaultdict: _open_defaultdict,
+    collections.deque: _open_deque,
+    slice: _open_slice,
+}
+
+
+def _opener_for(x: Any) -> Callable[[Any], _Opened] | None:
+    """How to open a container of a type not in the table. JAX's registry comes before dataclasses: an equinox module is one."""
+    t = type(x)
+    if isinstance(x, tuple) and hasattr(t, "_fields"):
+        return _open_named
+    if isinstance(x, tuple) and hasattr(t, "n_sequence_fields"):
+        return _open_struct
+    if jax.tree_util.all_leaves([x]) is False:
+        return _open_registered
+    if torch_private.is_registered_pytree(t):
+        return _open_torch_registered
+    if dataclasses.is_dataclass(x):
+        return _open_dataclass
+    transformers = sys.modules.get("transformers")
+    if transformers is not None and isinstance(x, transformers.BatchEncoding):
+        return _open_batch_encoding
+    return None
+
+
+# --- trees ------------------------------------------------------------------------------------------------------------
+
+
+class Tree:
+    """The structure of one pytree: hashable, with its statics inside.
+
+    Attributes:
+        kinds: of the dynamic leaves, in order.
+        single: whether the tree is one dynamic leaf and nothing else.
+    """
+
+    __slots__ = ("_hash", "kinds", "single", "tokens")
+
+    def __init__(self, tokens: tuple[Any, ...]) -> None:
+        self.tokens = tokens
+        self.kinds = tuple(token for token in tokens if type(token) is Kind)
+        self.single = len(tokens) == 1 and len(self.kinds) == 1
+        self._hash = hash(tokens)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tree) and self.tokens == other.tokens
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def unflatten(self, leaves: Sequence[Any]) -> Any:
+        """The pytree with these dynamic leaves."""
+        return leaves[0] if self.single else _build(iter(self.tokens), iter(leaves))
+
+    def path(self, index: int) -> str:
+        """Where a dynamic leaf is: `['w'][0]`, `.field`."""
+        return self.paths()[index]
+
+    def paths(self) -> list[str]:
+        """Where each dynamic leaf is."""
+        found: list[str] = []
+        _walk_paths(iter(self.tokens), "", found)
+        return found
+
+
+def _build(tokens: Iterator[Any], leaves: Iterator[Any]) -> Any:
+    token = next(tokens)
+    if type(token) is Kind:
+        return next(leaves)
+    if type(token) is _Static:
+        return token.value
+    return token.build([_build(tokens, leaves) for _ in token.names])
+
+
+def _walk_paths(tokens: Iterator[Any], path: str, found: list[str]) -> None:
+    token = next(tokens)
+    if type(token) is Kind:
+        found.append(path)
+    elif type(token) is _Container:
+        for name in token.names:
+            _walk_paths(tokens, path + name, found)
+
+
+def flatten(tree: object, *, numbers_static: bool = False) -> tuple[list[Any], Tree]:
+    """The dynamic leaves of a pytree, and its structure.
+
+    Raises:
+        ContainerError: something that can't be opened hides a value, or is not hashable.
+    """
+    flattener = _Flattener(numbers_static=numbers_static)
+    flattener.add(tree)
+    return flattener.leaves, Tree(tuple(flattener.tokens))
+
+
+# --- calls ------------------------------------------------------------------------------------------------------------
+
+
+class Spec:
+    """The structure of one call. One object for each structure, from a bounded cache; compared by identity.
+
+    Attributes:
+        kinds: of the dynamic leaves, in order.
+        argnames: the parameter that each dynamic leaf belongs to.
+        memo: free for whoever calls: what was made for this structure.
+    """
+
+    __slots__ = ("_names", "_positional", "_trees", "argnames", "kinds", "memo")
+
+    def __init__(self, positional: int, names: tuple[str, ...], trees: tuple[Tree, ...]) -> None:
+        self._positional = positional
+        self._names = names
+        self._trees = trees
+        self.kinds = tuple(kind for tree in trees for kind in tree.kinds)
+        self.argnames = tuple(n.partition("[")[0] for n, tree in zip(names, trees, strict=True) for _ in tree.kinds)
+        self.memo: dict[Any, Any] = {}
+
+    def unflatten(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments, as the function is to be called."""
+        rest = iter(leaves)
+        values = [tree.unflatten([next(rest) for _ in tree.kinds]) for tree in self._trees]
+        keywords = dict(zip(self._names[self._positional :], values[self._positional :], strict=True))
+        return tuple(values[: self._positional]), keywords
+
+    def path(self, index: int) -> str:
+        """Where a dynamic leaf is, from its parameter's name: `x['w'][0]`."""
+        return [n + p for n, tree in zip(self._names, self._trees, strict=True) for p in tree.paths()][index]
+
+
+class Marshaller:
+    """Flattens the calls of one function."""
+
+    def __init__(
+        self, fn: Callable[..., Any], *, name: str, static_argnames: Collection[str] = (), capacity: int = 256
+    ) -> None:
+        self.signature: inspect.Signature = signature_of(fn)
+        self.bind, self.names = compile_binder(self.signature, name)
+        self.static = frozenset(static_argnames)
+        self.specs: dict[tuple[Any, ...], Spec] = {}
+        self.capacity = capacity
+
+    def flatten_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Spec]:
+        """Bind, apply defaults, flatten; returns the dynamic leaves and the structure.
+
+        Raises:
+            TypeError: Python's own, under the function's name, for a call that does not fit its signature.
+            ContainerError: an argument that can't be opened.
+        """
+        positional, keywords = self.bind(*args, **kwargs)
+        flattener = _Flattener(numbers_static=False)
+        add, tokens = flattener.add, flattener.tokens
+        try:
+            if self.static:
+                self._add_with_statics(flattener, positional, keywords)
+            else:
+                for value in positional:
+                    add(value)
+                for name in keywords:
+                    tokens.append(name)
+                    add(keywords[name])
+        except ContainerError as error:
+            error.argument = self._guilty(positional, keywords)
+            raise
+        key = tuple(tokens)
+        spec = self.specs.get(key)
+        if spec is None:
+            spec = self._understand(key, positional, keywords)
+        return flattener.leaves, spec
+
+    def _add_with_statics(self, flattener: _Flattener, positional: Sequence[Any], keywords: dict[str, Any]) -> None:
+        for name, value in self._named(positional, keywords):
+            if name in keywords:
+                flattener.tokens.append(name)
+            if name.partition("[")[0] in self.static:
+                flattener.tokens.append(_opaque(value))
+            else:
+                flattener.add(value)
+
+    def _named(self, positional: Sequence[Any], keywords: dict[str, Any]) -> list[tuple[str, Any]]:
+        count = len(self.names) - 1
+        names = [self.names[i] if i < count else f"{self.names[-1]}[{i - count}]" for i in range(len(positional))]
+        return [*zip(names, positional, strict=True), *keywords.items()]
+
+    def _guilty(self, positional: Sequence[Any], keywords: dict[str, Any]) -> str | None:
+        """The first argument that can't be flattened, by name."""
+        for name, value in self._named(positional, keywords):
+            try:
+                flatten(value) if name not in self.static else _opaque(value)
+            except ContainerError:
+                return name
+        return None
+
+    def _understand(self, key: tuple[Any, ...], positional: Sequence[Any], keywords: dict[str, Any]) -> Spec:
+        named = self._named(positional, keywords)
+        static = self.static
+        trees = [
+            Tree((_opaque(v),)) if n.partition("[")[0] in static else flatten(v)[1] for n, v in named
+        ]
+        spec = Spec(len(positional), tuple(n for n, _ in named), tuple(trees))
+        if len(self.specs) >= self.capacity:
+            del self.specs[next(iter(self.specs))]
+        self.specs[key] = spec
+        return spec
+
+
+__all__ = ["Kind", "Marshaller", "OptionError", "Spec", "Tree", "flatten"]

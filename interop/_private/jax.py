@@ -1,0 +1,106 @@
+"""JAX interfaces that are not public, each with its public fallback. Checked on jax 0.10.2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend.core import Primitive
+
+from interop._private import PUBLIC_ONLY
+
+_jax: Any = None
+_xla_bridge: Any = None
+_lax: Any = None
+_core: Any = None
+_dispatch: Any = None
+if not PUBLIC_ONLY:
+    try:
+        from jax._src import core as _core
+        from jax._src import dispatch as _dispatch
+        from jax._src import xla_bridge as _xla_bridge
+        from jax._src.lax import lax as _lax
+        from jaxlib import _jax
+    except ImportError:  # a jax that moved them: every fallback below is public
+        _jax = _xla_bridge = _lax = _core = _dispatch = None
+
+
+def _public_import(tensor: Any, _capsule_of: Callable[[Any], Any], device: Any) -> jax.Array:
+    return jax.device_put(jax.dlpack.from_dlpack(tensor), device)
+
+
+def _private_import(tensor: Any, capsule_of: Callable[[Any], Any], device: Any) -> jax.Array:
+    return _import_capsule(capsule_of(tensor), device, None)
+
+
+# A tensor as an array over the same memory: 2.6 us, against 50 us through the public protocol.
+_import_capsule = getattr(_jax, "dlpack_managed_tensor_to_buffer", None)
+import_tensor: Callable[[Any, Callable[[Any], Any], Any], jax.Array] = (
+    _private_import if _import_capsule else _public_import
+)
+
+
+# The DLPack capsule of an array, waiting until its value is there: 0.4 us, against 3.6 us of `__dlpack__`.
+_export_capsule = getattr(_jax, "buffer_to_dlpack_managed_tensor", None)
+
+
+def _private_capsule(array: jax.Array) -> Any:
+    return _export_capsule(array, None)
+
+
+def _public_capsule(array: jax.Array) -> Any:
+    return array.__dlpack__()
+
+
+capsule_of: Callable[[jax.Array], Any] = _private_capsule if _export_capsule else _public_capsule
+
+
+def backend_runs() -> bool:
+    """Whether some JAX backend has been started in this process, by anyone; the fallback assumes the worst."""
+    return bool(_xla_bridge.backends_are_initialized()) if _xla_bridge else True
+
+
+def weaken(x: jax.Array) -> jax.Array:
+    """The value with JAX's weak type, as a Python number has it. Without the private name it stays strongly typed."""
+    weak: jax.Array = _lax._convert_element_type(x, weak_type=True) if _lax else x
+    return weak
+
+
+def manual_axes(x: Any) -> frozenset[Any]:
+    """The mesh axes of `shard_map` that the value varies over; none without the private type."""
+    matter = getattr(jax.typeof(x), "mat", None)
+    return frozenset(getattr(matter, "varying", ()))
+
+
+def vary(leaves: list[Any]) -> list[Any]:
+    """The same values, all varying over the union of their manual axes, as a primitive over several of them needs."""
+    axes: frozenset[Any] = frozenset().union(*map(manual_axes, leaves)) if leaves else frozenset()
+    if not axes:
+        return leaves
+    return [jax.lax.pcast(x, tuple(sorted(axes - manual_axes(x))), to="varying") if axes - manual_axes(x) else x
+            for x in leaves]  # fmt: skip
+
+
+def shaped_array(shape: tuple[int, ...], dtype: Any, like: tuple[Any, ...]) -> Any:
+    """An output aval that varies over the manual axes of the inputs' avals: else gradients through shard_map are wrong."""
+    matter = next((m for m in (getattr(a, "mat", None) for a in like) if getattr(m, "varying", ())), None)
+    if matter is None:
+        return jax.core.ShapedArray(shape, dtype)
+    sharding = jax.sharding.NamedSharding(jax.sharding.get_abstract_mesh(), jax.sharding.PartitionSpec())
+    return jax.core.ShapedArray(shape, dtype, sharding=sharding, manual_axis_type=matter)
+
+
+def device_count(lowering: Any) -> int:
+    """The number of devices that a program outside `shard_map` is lowered for; 1 inside, or where it is not known."""
+    context = getattr(lowering.module_context, "axis_context", None)
+    if getattr(context, "manual_axes", None):
+        return 1
+    return int(getattr(context, "num_devices", None) or 1)
+
+
+def eager_primitive(name: str) -> Primitive:
+    """A primitive with several results."""
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    return primitive

@@ -1,0 +1,137 @@
+"""Torch interfaces that are not public, each with its public fallback. Checked on torch 2.13.0."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils.dlpack
+
+from interop._private import PUBLIC_ONLY
+
+_C: Any = None if PUBLIC_ONLY else torch._C
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+# The DLPack capsule of a tensor. It takes conjugated, negated and differentiable tensors without complaint: `_leaf`
+# resolves them first. 0.5 us, against 3 us of the method.
+capsule_of: Callable[[torch.Tensor], Any] = getattr(_C, "_to_dlpack", None) or (lambda t: t.detach().__dlpack__())
+
+# A tensor over the memory of a capsule.
+from_capsule: Callable[[Any], torch.Tensor] = getattr(_C, "_from_dlpack", None) or torch.utils.dlpack.from_dlpack
+
+# --- what is going on in this thread ----------------------------------------------------------------------------------
+
+_always: Callable[[], bool] = lambda: True  # noqa: E731 - without the names, every call takes the general path
+functorch_active: Callable[[], bool] = getattr(_C, "_are_functorch_transforms_active", None) or _always
+dispatch_modes: Callable[[], int] = getattr(_C, "_len_torch_dispatch_stack", None) or _always
+
+# --- abstract evaluation ----------------------------------------------------------------------------------------------
+
+from torch._subclasses.fake_tensor import (  # noqa: E402 - grouped with its use; no public name exists
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+# What a function raises on fake tensors when it needs their values.
+NEEDS_VALUES: tuple[type[BaseException], ...] = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    RuntimeError,
+)
+
+
+def fake_mode() -> Any:
+    """A mode in which tensors have shapes and no values, and may meet real ones from closures."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+class RandomnessWatch(TorchDispatchMode):
+    """Sees whether any operation under it draws from torch's generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D105
+        self.seen = self.seen or torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+
+_top_hooks = getattr(getattr(_C, "_autograd", None), "_top_saved_tensors_default_hooks", None)
+_keep_graph = getattr(getattr(_C, "_autograd", None), "_get_current_graph_task_keep_graph", None)
+
+
+def saved_tensors_are_watched() -> bool:
+    """Whether hooks want to see what is saved for backward; the fallback shows them everything."""
+    return _top_hooks(False) is not None if _top_hooks and _keep_graph else True
+
+
+def keeps_graph() -> bool:
+    """Whether the running backward was asked to retain the graph."""
+    return bool(_keep_graph()) if _keep_graph else True
+
+
+_functorch: Any = getattr(_C, "_functorch", None)
+
+
+def is_legacy_batched(t: torch.Tensor) -> bool:
+    """Whether it is a batch of the older vmap, which `is_grads_batched` uses."""
+    return bool(_functorch and _functorch.is_legacy_batchedtensor(t))
+
+
+def is_fake(t: Any) -> bool:
+    """Whether it is a tensor without values that torch traces with."""
+    return isinstance(t, FakeTensor)
+
+# --- Dynamo -----------------------------------------------------------------------------------------------------------
+
+
+def constant_result(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Run by Dynamo at trace time, its result a constant: `torch.compiler.assume_constant_result`, which imports Dynamo."""
+    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return fn
+
+
+def nonstrict_trace(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Opaque to Dynamo, traced by AOTAutograd; the public fallback does it for flat arguments."""
+    import torch._dynamo as dynamo  # noqa: PLC0415 - costs 0.75 s; only who compiles pays
+
+    trace = None if PUBLIC_ONLY else getattr(dynamo, "nonstrict_trace", None)
+    return (trace or torch.compiler.allow_in_graph)(fn)
+
+
+# --- containers -------------------------------------------------------------------------------------------------------
+
+_pytree: Any = None if PUBLIC_ONLY else importlib.import_module("torch.utils._pytree")
+_nodes: dict[type, Any] = getattr(_pytree, "SUPPORTED_NODES", {})
+
+
+def is_registered_pytree(t: type) -> bool:
+    """Whether the type was registered with torch's pytrees; there is no public way to ask."""
+    return t in _nodes
+
+
+def open_pytree(x: Any) -> tuple[list[Any], Any, Callable[[list[Any]], Any]]:
+    """One level of a registered pytree: its children, its context, and the function that rebuilds it."""
+    node = _nodes[type(x)]
+    children, context = node.flatten_fn(x)
+    return list(children), context, lambda new: node.unflatten_fn(new, context)
+
+# --- the older vmap ---------------------------------------------------------------------------------------------------
+
+
+def unbatch(t: torch.Tensor) -> torch.Tensor:
+    """The values of a legacy batched tensor, the batch first."""
+    return torch._remove_batch_dim(t, 1, 0, 0)
+
+
+def batch(t: torch.Tensor) -> torch.Tensor:
+    """Values as a legacy batched tensor, mapped over their first axis."""
+    return torch._add_batch_dim(t, 0, 1)

@@ -1,0 +1,83 @@
+"""What a framework offers, under one set of names.
+
+`_derive` and the engines speak of sides, so that a rule is written once: `JAX.vjp` and `TORCH.vjp` take the same
+arguments and give the same results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import torch
+
+Leaf: TypeAlias = Any
+Leaves: TypeAlias = tuple[Any, ...]
+LeavesFn: TypeAlias = Callable[..., Leaves]
+
+
+@dataclass(frozen=True)
+class Side:
+    """The operations of one framework on its own leaves. Flat functions take leaves and return a tuple of leaves."""
+
+    name: str
+    leaf_name: str
+    decorator: str
+    is_leaf: Callable[[object], bool]
+    is_inexact: Callable[[Leaf], bool]
+    is_complex: Callable[[Leaf], bool]
+    conj: Callable[[Leaf], Leaf]
+    zeros_like: Callable[[Leaf], Leaf]
+    jvp: Callable[[LeavesFn, Leaves, Leaves], tuple[Leaves, Leaves]]
+    vjp: Callable[..., tuple[Leaves, Callable[[Leaves], Leaves]]]
+    vmap: Callable[[LeavesFn, tuple[int | None, ...]], LeavesFn]
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def _torch_vjp(fn: LeavesFn, *primals: Leaf) -> tuple[Leaves, Callable[[Leaves], Leaves]]:
+    outs, pull = torch.func.vjp(fn, *primals)
+
+    def pull_with_graph(cotangents: Leaves) -> Leaves:
+        # Pulled under no_grad and then differentiated forward, det, solve and their kin give wrong numbers.
+        with torch.enable_grad():
+            return tuple(pull(cotangents))
+
+    return outs, pull_with_graph
+
+
+def _torch_vmap(fn: LeavesFn, in_axes: tuple[int | None, ...]) -> LeavesFn:
+    return torch.func.vmap(fn, in_dims=in_axes, randomness="different")
+
+
+TORCH = Side(
+    name="torch",
+    leaf_name="tensor",
+    decorator="as_torch",
+    is_leaf=lambda x: isinstance(x, torch.Tensor),
+    is_inexact=lambda x: x.is_floating_point() or x.is_complex(),
+    is_complex=torch.is_complex,
+    conj=torch.conj_physical,
+    zeros_like=torch.zeros_like,
+    jvp=torch.func.jvp,
+    vjp=_torch_vjp,
+    vmap=_torch_vmap,
+)
+
+JAX = Side(
+    name="JAX",
+    leaf_name="array",
+    decorator="as_jax",
+    is_leaf=lambda x: isinstance(x, jax.Array),
+    is_inexact=lambda x: jnp.issubdtype(x.dtype, jnp.inexact),
+    is_complex=jnp.iscomplexobj,
+    conj=jnp.conj,
+    zeros_like=jnp.zeros_like,
+    jvp=jax.jvp,
+    vjp=jax.vjp,
+    vmap=lambda fn, in_axes: jax.vmap(fn, in_axes=in_axes),
+)

@@ -1,0 +1,307 @@
+"""The two hosts under one set of names, so that a test is written once and runs in both directions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from torch.utils import checkpoint
+
+import interop
+from cases import Case
+
+Fn: TypeAlias = Callable[..., Any]
+Tree: TypeAlias = Any
+
+
+def numpy_of(leaf: Any) -> np.ndarray[Any, Any]:
+    """The values of a leaf of either framework."""
+    if isinstance(leaf, torch.Tensor):
+        leaf = leaf.detach().resolve_conj().resolve_neg()
+        return leaf.float().numpy() if leaf.dtype is torch.bfloat16 else leaf.numpy()
+    return np.asarray(leaf, np.float32) if leaf.dtype == jnp.bfloat16 else np.asarray(leaf)
+
+
+def assert_same(got: Tree, expected: Tree, tolerance: float = 2e-5) -> None:
+    """The same structure, kinds and precisions of numbers, shapes and values."""
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert type(one) in (torch.Tensor, torch.nn.Parameter) or isinstance(one, jax.Array), type(one)
+        a, b = numpy_of(one), numpy_of(other)
+        assert a.shape == b.shape
+        assert a.dtype.kind == b.dtype.kind
+        # An integer result has the guest's width (argmax is int64 in torch, int32 in JAX); a float keeps its precision.
+        assert a.dtype.kind in "iu" or _precision(one) == _precision(other)
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def _precision(leaf: Any) -> str:
+    return str(leaf.dtype).removeprefix("torch.")
+
+
+class Host:
+    """A framework as the caller's, with its transforms under names that the other host shares.
+
+    A transform takes a function of leaves, its leaves, and the positions of those that have a derivative.
+    """
+
+    name: str
+
+    def cross(self, case: Case) -> Fn:
+        """The case's function of the other framework, as a function of this one."""
+        raise NotImplementedError
+
+    def native(self, case: Case) -> Fn:
+        """The case's function of this framework."""
+        raise NotImplementedError
+
+    def leaf(self, value: np.ndarray[Any, Any]) -> Any:
+        """A numpy array as a leaf of this framework."""
+        raise NotImplementedError
+
+    def stack(self, leaves: Sequence[Any]) -> Any:
+        """Leaves as one, along a new first axis."""
+        raise NotImplementedError
+
+    def total(self, tree: Tree) -> Any:
+        """A real number that every element of every inexact leaf has a different share in."""
+        return sum(((x * self.weights(x)).real.sum() for x in self.inexact(tree)), self.leaf(np.zeros((), np.float32)))
+
+    def plain_sum(self, tree: Tree) -> Any:
+        """A real number whose cotangents have stride 0: they are one number, expanded."""
+        return sum((x.real.sum() for x in self.inexact(tree)), self.leaf(np.zeros((), np.float32)))
+
+    def total_of_transposed(self, tree: Tree) -> Any:
+        """A real number whose cotangents are not contiguous: they come back through a transposition."""
+        return self.total([x.mT if x.ndim > 1 else x for x in self.inexact(tree)])
+
+    def inexact(self, tree: Tree) -> tuple[Any, ...]:
+        """The leaves of a result that have a derivative."""
+        return tuple(x for x in jax.tree.leaves(tree) if self.is_inexact(x))
+
+    def is_inexact(self, leaf: Any) -> bool:
+        """Whether it is of floating-point or complex numbers."""
+        raise NotImplementedError
+
+    def flat(self, fn: Fn, case: Case) -> Fn:
+        """The function of the leaves of the case's arguments."""
+        treedef = jax.tree.structure(case.args)
+        return lambda *leaves: fn(*jax.tree.unflatten(treedef, leaves), **case.statics)
+
+    def leaves(self, case: Case) -> list[Any]:
+        """The leaves of the case's arguments."""
+        return [self.leaf(x) for x in case.leaves]
+
+    def batched(self, case: Case) -> list[Any]:
+        """Two examples of every leaf: as it is, and scaled a little or reversed."""
+        return [self.leaf(np.stack([x, other_example(x)])) for x in case.leaves]
+
+    def weights(self, x: Any) -> Any:
+        """A leaf of the same shape and dtype, in which no symmetry of a function cancels."""
+        raise NotImplementedError
+
+    def tangents(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
+        """A direction for each leaf."""
+        return tuple(self.weights(x) for x in leaves)
+
+    def of_active(self, fn: Fn, leaves: Sequence[Any], active: Sequence[int]) -> Fn:
+        """The inexact outputs as a function of the active leaves alone."""
+
+        def part(*chosen: Any) -> tuple[Any, ...]:
+            full = list(leaves)
+            for i, x in zip(active, chosen, strict=True):
+                full[i] = x
+            return self.inexact(fn(*full))
+
+        return part
+
+
+def other_example(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Another value of the same shape, dtype and domain."""
+    return (x * np.asarray(1.1).astype(x.dtype)).astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else x[::-1]
+
+
+def _waves(shape: tuple[int, ...], *, is_complex: bool) -> np.ndarray[Any, Any]:
+    n = np.arange(math.prod(shape), dtype=np.float64).reshape(shape) + 1
+    return np.asarray(np.cos(n) + 1j * np.sin(2 * n) if is_complex else np.cos(n))
+
+
+class TorchHost(Host):
+    """torch calls; the function is JAX's."""
+
+    name = "torch"
+
+    def cross(self, case: Case) -> Fn:
+        return interop.jittable(interop.differentiable(interop.as_torch(case.jax_fn)))
+
+    def native(self, case: Case) -> Fn:
+        return case.torch_fn
+
+    def leaf(self, value: np.ndarray[Any, Any]) -> torch.Tensor:
+        if str(value.dtype) == "bfloat16":
+            return torch.tensor(value.astype(np.float32)).bfloat16()
+        return torch.tensor(value)
+
+    def stack(self, leaves: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(list(leaves))
+
+    def is_inexact(self, leaf: torch.Tensor) -> bool:
+        return leaf.is_floating_point() or leaf.is_complex()
+
+    def weights(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tensor(_waves(tuple(x.shape), is_complex=x.is_complex())).to(x.dtype)
+
+    # --- transforms
+
+    def call(self, fn: Fn, leaves: list[Any], _active: Sequence[int]) -> Tree:
+        return fn(*leaves)
+
+    def compile(self, fn: Fn, leaves: list[Any], _active: Sequence[int]) -> Tree:
+        return torch.compile(fn, fullgraph=True, backend="aot_eager")(*leaves)
+
+    def gradient(self, fn: Fn, leaves: list[Any], active: Sequence[int]) -> Tree:
+        return self._pull(fn, leaves, active, self.total)
+
+    def gradient_of_sum(self, fn: Fn, leaves: list[Any], active: Sequence[int]) -> Tree:
+        return self._pull(fn, leaves, active, self.plain_sum)
+
+    def gradient_through_transpose(self, fn: Fn, leaves: list[Any], active: Sequence[int]) -> Tree:
+        return self._pull(fn, leaves, active, self.total_of_transposed)
+
+    def _pull(self, fn: Fn, leaves: list[Any], active: Sequence[int], loss: Fn) -> Tree:
+        """By the tape, as `backward` does; an input that is not used has a gradient of zero."""
+        xs = [x.clone().requires_grad_(i in active) for i, x in enumerate(leaves)]
+        wrt = [xs[i] for i in active]
+        return torch.autograd.grad(loss(fn(*xs)) + 0 * self.total(wrt), wrt)
+
+    def functional_gradient(self, fn: Fn, leaves: list[Any], active: Sequence[int]) -> Tree:
+        return torch.func.grad(lambda *xs: self.total(fn(*xs)), argnums=tuple(active))(*leaves)
+
+    def second(self, fn: Fn, leaves: list[Any], active: Sequence[int]) -> Tree:
+        xs = [x.clone().requires_grad_(i in active) for i, x in enumerate(leaves)]
+        wrt = [xs[i] for i in active]
+        anchor = 0 * self.total([x * x for x in wrt])  # else a linear function has no second derivative to ask for
+        grads = torch.autograd.grad(self.total(fn(*xs)) + anchor, wrt, create_graph=True)
+        return torch.autograd.grad(self.total(grads) + anchor, wrt)
+
+    def jvp(self, fn: Fn, leaves: list[Any], active: Sequence[int]) -> Tree:
+        primals = tuple(leaves[i] for i in active)
+        return torch.func.jvp(self.of_active(fn, leaves, active), primals, self.tangents(primals))
+
+    def jacrev(self, fn: Fn, leaves: list[Any], active: Sequence[int]) -> Tree:
+        part = self.of_active(fn, leaves, active)
+        return torch.func.jacrev(part, tuple(range(len(active))))(*(leaves[i] for i in active))
+
+    def jacfwd(self, fn: Fn, leaves: list[Any], active: Sequence[int]) -> Tree:
+        part = self.of_active(fn, leaves, active)
+        return torch.func.jacfwd(part, tuple(range(len(active))))(*(leaves[i] for i in active))
+
+    def hessian(self, fn: Fn, leaves: list[Any], active: Sequence[int]) -> Tree:
+        part = self.of_active(fn, leaves, active)
+        loss = lambda *xs: self.total(part(*xs))  # noqa: E731
+        return torch.func.hessian(loss, tuple(range(len(active))))(*(leaves[i] for i in active))
+
+    def map(self, fn: Fn, leaves: list[Any], axes: Sequence[int | None]) -> Tree:
+        return torch.func.vmap(fn, in_dims=tuple(axes))(*leaves)
+
+    def compiled_gradient(self, fn: Fn, leaves: list[Any], active: Sequence[int]) -> Tree:
+        return self.gradient(torch.compile(fn, fullgraph=True, backend="aot_eager"), leaves, active)
+
+    def checkpoint(self, fn: Fn, leaves: list[Any], active: Sequence[int]) -> Tree:
+        return self.gradient(lambda *xs: checkpoint.checkpoint(fn, *xs, use_reentrant=False), leaves, active)
+
+
+class JaxHost(Host):
+    """JAX calls; the function is torch's."""
+
+    name = "jax"
+
+    def cross(self, case: Case) -> Fn:
+        return interop.jittable(interop.differentiable(interop.as_jax(case.torch_fn)))
+
+    def native(self, case: Case) -> Fn:
+        return case.jax_fn
+
+    def leaf(self, value: np.ndarray[Any, Any]) -> jax.Array:
+        return jnp.asarray(value)
+
+    def stack(self, leaves: Sequence[jax.Array]) -> jax.Array:
+        return jnp.stack(leaves)
+
+    def is_inexact(self, leaf: jax.Array) -> bool:
+        return bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
+
+    def weights(self, x: jax.Array) -> jax.Array:
+        return jnp.asarray(_waves(x.shape, is_complex=jnp.iscomplexobj(x)).astype(x.dtype))
+
+    # --- transforms
+
+    def call(self, fn: Fn, leaves: list[Any], _active: Sequence[int]) -> Tree:
+        return fn(*leaves)
+
+    def compile(self, fn: Fn, leaves: list[Any], _active: Sequence[int]) -> Tree:
+        return jax.jit(fn)(*leaves)
+
+    def gradient(self, fn: Fn, leaves: list[Any], active: Sequence[int]) -> Tree:
+        return jax.grad(lambda *xs: self.total(fn(*xs)), argnums=tuple(active))(*leaves)
+
+    def gradient_of_sum(self, fn: Fn, leaves: list[Any], active: Sequence[int]) -> Tree:
+        return jax.grad(lambda *xs: self.plain_sum(fn(*xs)), argnums=tuple(active))(*leaves)
+
+    def gradient_through_transpose(self, fn: Fn, leaves: list[Any], active: Sequence[int]) -> Tree:
+        return jax.grad(lambda *xs: self.total_of_transposed(fn(*xs)), argnums=tuple(active))(*leaves)
+
+    def functional_gradient(self, fn: Fn, leaves: list[Any], active: Sequence[int]) -> Tree:
+        """With the pull-back in hand, and a cotangent that JAX did not make."""
+        part = self.of_active(fn, leaves, active)
+        outs, pull = jax.vjp(part, *(leaves[i] for i in active))
+        return pull(self.tangents(outs))
+
+    def second(self, fn: Fn, leaves: list[Any], active: Sequence[int]) -> Tree:
+        once = lambda *xs: self.gradient(fn, list(xs), active)  # noqa: E731
+        return self.gradient(once, leaves, active)
+
+    def jvp(self, fn: Fn, leaves: list[Any], active: Sequence[int]) -> Tree:
+        primals = tuple(leaves[i] for i in active)
+        return jax.jvp(self.of_active(fn, leaves, active), primals, self.tangents(primals))
+
+    def jacrev(self, fn: Fn, leaves: list[Any], active: Sequence[int]) -> Tree:
+        part = self.of_active(fn, leaves, active)
+        return jax.jacrev(part, tuple(range(len(active))))(*(leaves[i] for i in active))
+
+    def jacfwd(self, fn: Fn, leaves: list[Any], active: Sequence[int]) -> Tree:
+        part = self.of_active(fn, leaves, active)
+        return jax.jacfwd(part, tuple(range(len(active))))(*(leaves[i] for i in active))
+
+    def hessian(self, fn: Fn, leaves: list[Any], active: Sequence[int]) -> Tree:
+        part = self.of_active(fn, leaves, active)
+        loss = lambda *xs: self.total(part(*xs))  # noqa: E731
+        return jax.hessian(loss, tuple(range(len(active))))(*(leaves[i] for i in active))
+
+    def map(self, fn: Fn, leaves: list[Any], axes: Sequence[int | None]) -> Tree:
+        return jax.vmap(fn, in_axes=tuple(axes))(*leaves)
+
+    def compiled_gradient(self, fn: Fn, leaves: list[Any], active: Sequence[int]) -> Tree:
+        return jax.jit(lambda *xs: self.gradient(fn, list(xs), active))(*leaves)
+
+    def checkpoint(self, fn: Fn, leaves: list[Any], active: Sequence[int]) -> Tree:
+        return self.gradient(jax.checkpoint(fn), leaves, active)
+
+    # --- control flow, which torch has no counterpart of
+
+    def scan(self, fn: Fn, leaves: list[Any], _active: Sequence[int]) -> Tree:
+        """Over a batch of examples."""
+        return jax.lax.scan(lambda carry, xs: (carry, fn(*xs)), 0, leaves)[1]
+
+    def cond(self, fn: Fn, leaves: list[Any], _active: Sequence[int]) -> Tree:
+        """Behind a branch that is taken."""
+        other = lambda *xs: jax.tree.map(jnp.zeros_like, fn(*xs))  # noqa: E731
+        return jax.lax.cond(jnp.asarray(True), fn, other, *leaves)
+
+
+HOSTS: dict[str, Host] = {"torch": TorchHost(), "jax": JaxHost()}

@@ -1,0 +1,230 @@
+"""Every transform of either host over every case, against the same mathematics in the host alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from cases import CASES, Case
+from hosts import HOSTS, Host, Tree, assert_same
+
+# What a cell may raise while it is a gap. A wrong number is not among them.
+REFUSALS = (RuntimeError, NotImplementedError, TypeError, ValueError)
+
+# Cells that do not pass, with the reason. A case "*" stands for all of them. A gap that closes fails its test.
+GAPS: dict[tuple[str, str, str], str] = {}
+
+ALWAYS: Callable[[Case], bool] = lambda case: True  # noqa: E731
+HAS_DERIVATIVE: Callable[[Case], bool] = lambda case: bool(case.active)  # noqa: E731
+HAS_JACOBIAN: Callable[[Case], bool] = lambda case: bool(case.active) and not case.is_complex  # noqa: E731
+HAS_HESSIAN: Callable[[Case], bool] = lambda case: HAS_JACOBIAN(case) and case.id != "network"  # noqa: E731 - slow: 30 numbers
+
+# name -> which cases it applies to
+TRANSFORMS: dict[str, Callable[[Case], bool]] = {
+    "call": ALWAYS,
+    "compile": ALWAYS,
+    "gradient": HAS_DERIVATIVE,
+    "gradient_of_sum": HAS_DERIVATIVE,
+    "gradient_through_transpose": HAS_DERIVATIVE,
+    "functional_gradient": HAS_DERIVATIVE,
+    "second": HAS_DERIVATIVE,
+    "compiled_gradient": HAS_DERIVATIVE,
+    "checkpoint": HAS_DERIVATIVE,
+    "jvp": HAS_DERIVATIVE,
+    "jacrev": HAS_JACOBIAN,
+    "jacfwd": HAS_JACOBIAN,
+    "hessian": HAS_HESSIAN,
+}
+
+
+def cells(transforms: dict[str, Callable[[Case], bool]], hosts: Sequence[str] = ("torch", "jax")) -> list[Any]:
+    """The parameters of a test: every host, transform and case that go together."""
+    return [
+        pytest.param(HOSTS[host], transform, case, id=f"{host}-{transform}-{case.id}")
+        for host in hosts
+        for transform, applies in transforms.items()
+        for case in CASES
+        if applies(case)
+    ]
+
+
+def check(host: Host, transform: str, case: Case, got: Callable[[], Tree], expected: Callable[[], Tree]) -> None:
+    """The two agree; or, where the table names a gap, the first raises."""
+    reason = GAPS.get((host.name, transform, case.id)) or GAPS.get((host.name, transform, "*"))
+    if reason is None:
+        assert_same(got(), expected(), case.tolerance)
+        return
+    with pytest.raises(REFUSALS):
+        got()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_the_table_itself_agrees(case: Case) -> None:
+    """Both functions of a case are the same mathematics, in their own framework."""
+    torch_host, jax_host = HOSTS["torch"], HOSTS["jax"]
+    one = torch_host.flat(case.torch_fn, case)(*torch_host.leaves(case))
+    other = jax_host.flat(case.jax_fn, case)(*jax_host.leaves(case))
+    assert_same(one, other, case.tolerance)
+
+
+@pytest.mark.parametrize(("host", "transform", "case"), cells(TRANSFORMS))
+def test_transform(host: Host, transform: str, case: Case) -> None:
+    """A crossing under a transform is the host's own function under it."""
+    apply = getattr(host, transform)
+    ours, theirs = host.flat(host.cross(case), case), host.flat(host.native(case), case)
+    pure = {"compile": "call", "compiled_gradient": "gradient", "checkpoint": "gradient"}.get(transform, transform)
+    check(
+        host, transform, case,
+        lambda: apply(ours, host.leaves(case), case.active),
+        lambda: getattr(host, pure)(theirs, host.leaves(case), case.active),
+    )  # fmt: skip
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def one_by_one(host: Host, fn: Callable[..., Tree], leaves: Sequence[Any], axes: Sequence[int | None]) -> Tree:
+    """What `vmap` means: the examples in a loop, stacked."""
+    take = lambda x, axis, i: x if axis is None else (x[i] if axis == 0 else x[..., i])  # noqa: E731
+    results = [fn(*(take(x, axis, i) for x, axis in zip(leaves, axes, strict=True))) for i in range(2)]
+    return jax.tree.map(lambda *xs: host.stack(xs), *results)
+
+
+@pytest.mark.parametrize(("host", "transform", "case"), cells({"vmap": lambda case: case.vmap}))
+def test_vmap(host: Host, transform: str, case: Case) -> None:
+    """Every leaf batched along its first axis."""
+    axes = (0,) * len(case.leaves)
+    ours, theirs = host.flat(host.cross(case), case), host.flat(host.native(case), case)
+    check(
+        host, transform, case,
+        lambda: host.map(ours, host.batched(case), axes),
+        lambda: one_by_one(host, theirs, host.batched(case), axes),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("host", "transform", "case"), cells({"vmap_of_one": lambda case: case.vmap}))
+def test_vmap_of_one_leaf(host: Host, transform: str, case: Case) -> None:
+    """The first leaf batched along its last axis, the others shared by all examples."""
+    leaves, batched = host.leaves(case), host.batched(case)
+    leaves[0] = jnp.moveaxis(batched[0], 0, -1) if host.name == "jax" else batched[0].movedim(0, -1)
+    axes = (-1,) + (None,) * (len(leaves) - 1)
+    ours, theirs = host.flat(host.cross(case), case), host.flat(host.native(case), case)
+    check(
+        host, transform, case,
+        lambda: host.map(ours, leaves, axes),
+        lambda: one_by_one(host, theirs, leaves, axes),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("host", "transform", "case"), cells({"vmap_of_gradient": lambda case: case.vmap and HAS_DERIVATIVE(case)})
+)
+def test_vmap_of_gradient(host: Host, transform: str, case: Case) -> None:
+    """Per-example gradients."""
+    axes = (0,) * len(case.leaves)
+
+    def gradient(fn: Callable[..., Tree]) -> Callable[..., Tree]:
+        return lambda *xs: host.functional_gradient(host.flat(fn, case), list(xs), case.active)
+
+    check(
+        host, transform, case,
+        lambda: host.map(gradient(host.cross(case)), host.batched(case), axes),
+        lambda: one_by_one(host, gradient(host.native(case)), host.batched(case), axes),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("host", "transform", "case"), cells({"gradient_of_vmap": lambda case: case.vmap and HAS_DERIVATIVE(case)})
+)
+def test_gradient_of_vmap(host: Host, transform: str, case: Case) -> None:
+    """The gradient of a batch."""
+    axes = (0,) * len(case.leaves)
+    ours, theirs = host.flat(host.cross(case), case), host.flat(host.native(case), case)
+    check(
+        host, transform, case,
+        lambda: host.gradient(lambda *xs: host.map(ours, list(xs), axes), host.batched(case), case.active),
+        lambda: host.gradient(lambda *xs: one_by_one(host, theirs, xs, axes), host.batched(case), case.active),
+    )  # fmt: skip
+
+
+# --- control flow of JAX ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("host", "transform", "case"), cells({"scan": ALWAYS}, ["jax"]))
+def test_scan(host: Host, transform: str, case: Case) -> None:
+    """As the body of a loop."""
+    ours, theirs = host.flat(host.cross(case), case), host.flat(host.native(case), case)
+    axes = (0,) * len(case.leaves)
+    check(
+        host, transform, case,
+        lambda: host.scan(ours, host.batched(case), ()),
+        lambda: one_by_one(host, theirs, host.batched(case), axes),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("host", "transform", "case"), cells({"cond": ALWAYS}, ["jax"]))
+def test_cond(host: Host, transform: str, case: Case) -> None:
+    """As a branch."""
+    ours, theirs = host.flat(host.cross(case), case), host.flat(host.native(case), case)
+    check(
+        host, transform, case,
+        lambda: host.cond(ours, host.leaves(case), ()),
+        lambda: host.call(theirs, host.leaves(case), ()),
+    )  # fmt: skip
+
+
+# --- double precision -------------------------------------------------------------------------------------------------
+
+
+def doubled(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The array in double precision, if it is of floating-point numbers."""
+    return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64) if x.dtype.kind in "fc" else x
+
+
+DOUBLE = [case for case in CASES if case.active and case.is_single]
+
+
+@pytest.mark.parametrize("transform", ["call", "gradient", "second"])
+@pytest.mark.parametrize("case", DOUBLE, ids=lambda case: case.id)
+def test_double_precision_in_torch(case: Case, transform: str) -> None:
+    """A float64 tensor is computed in float64, forward and backward, while JAX keeps 32 bits for everybody else."""
+    assert not jax.config.jax_enable_x64
+    host = HOSTS["torch"]
+    leaves = [host.leaf(doubled(x)) for x in case.leaves]
+    apply = getattr(host, transform)
+    got = apply(host.flat(host.cross(case), case), leaves, case.active)
+    with _default_dtype(torch.float64):
+        expected = apply(host.flat(host.native(case), case), leaves, case.active)
+    assert_same(got, expected, 1e-11)
+    assert jnp.ones(()).dtype == jnp.float32
+
+
+class _default_dtype:  # noqa: N801 - a context, named as what it sets
+    """torch's default dtype for a block: constants of a native function are then as precise as JAX's are under x64."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype, self.before = dtype, torch.get_default_dtype()
+
+    def __enter__(self) -> None:
+        torch.set_default_dtype(self.dtype)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_default_dtype(self.before)
+
+
+@pytest.mark.parametrize("transform", ["call", "gradient", "second", "compiled_gradient"])
+@pytest.mark.parametrize("case", DOUBLE, ids=lambda case: case.id)
+def test_double_precision_in_jax(case: Case, transform: str) -> None:
+    """With x64 on, arrays of 64 bits cross as they are."""
+    host = HOSTS["jax"]
+    with jax.enable_x64(True), _default_dtype(torch.float64):
+        leaves = [host.leaf(doubled(x)) for x in case.leaves]
+        apply = getattr(host, transform)
+        got = apply(host.flat(host.cross(case), case), leaves, case.active)
+        assert_same(got, apply(host.flat(host.native(case), case), leaves, case.active), 1e-11)
