@@ -1,12 +1,12 @@
 """Calling PyTorch from JAX and JAX from PyTorch, closed under the transforms of both.
 
-    @jittable
-    @differentiable
-    @as_jax                       # a torch function, called from JAX
-    def energy(params, x):
-        return torch.func.functional_call(net, params, (x,)).sum()
+@jittable
+@differentiable
+@as_jax                       # a torch function, called from JAX
+def energy(params, x):
+    return torch.func.functional_call(net, params, (x,)).sum()
 
-    forces = jax.jit(jax.grad(energy, argnums=1))
+forces = jax.jit(jax.grad(energy, argnums=1))
 """
 
 from interop._convert import jax_to_torch, torch_to_jax

@@ -89,5 +89,3 @@ def check_promise(results: Sequence[Any], promised: Sequence[Aval], name: str) -
 
 def _list(avals: Sequence[Aval]) -> str:
     return f"({', '.join(map(str, avals))})"
-
-

@@ -135,5 +135,3 @@ def _constant(value: Any) -> Any:
         f"a result of type {type(value).__qualname__} can't be rebuilt inside torch.compile",
         hint="Return a tuple, list or dict there",
     )
-
-

@@ -16,16 +16,18 @@ from interop._side import JAX, TORCH
 
 
 def torch_to_jax(x: Any, /, *, copy: bool = False) -> Any:
-    """The value in JAX: a tensor as an array, a pytree leaf by leaf, a `torch.device` or `torch.dtype` as JAX's, a torch
-    function as a JAX function with every level on. Anything else comes back as itself.
+    """The value in JAX, for the user to keep.
 
-    A dense CPU tensor shares its memory with the array, in any order of its axes: a later write to the tensor shows in the
-    array. A copy is made with `copy=True`, for memory that is not dense or not aligned to 64 bytes, for a lazily
+    A tensor becomes an array, a pytree is converted leaf by leaf, a `torch.device` or `torch.dtype` becomes JAX's, a
+    torch function a JAX function with every level on. Anything else comes back as itself.
+
+    A dense CPU tensor shares its memory with the array, in any order of its axes: a later write to the tensor shows in
+    the array. A copy is made with `copy=True`, for memory that is not dense or not aligned to 64 bytes, for a lazily
     conjugated or negated tensor, and where 64 bits are narrowed. A tensor that requires grad is converted without its
     graph.
 
-    While `jax_enable_x64` is off, `float64` and `complex128` are narrowed with a warning, and 64-bit integers become 32-bit
-    if they fit.
+    While `jax_enable_x64` is off, `float64` and `complex128` are narrowed with a warning, and 64-bit integers become
+    32-bit if they fit.
 
     Raises:
         LeafError: a tensor that has no counterpart (sparse, quantised, meta, an unknown subclass).
@@ -47,8 +49,10 @@ def torch_to_jax(x: Any, /, *, copy: bool = False) -> Any:
 
 
 def jax_to_torch(x: Any, /, *, copy: bool = False) -> Any:
-    """The value in torch: an array as a tensor, a pytree leaf by leaf, a `jax.Device` or numpy dtype as torch's, a JAX
-    function as a torch function with every level on. Anything else comes back as itself.
+    """The value in torch, for the user to keep.
+
+    An array becomes a tensor, a pytree is converted leaf by leaf, a `jax.Device` or numpy dtype becomes torch's, a JAX
+    function a torch function with every level on. Anything else comes back as itself.
 
     The tensor shares its memory with the array, which JAX takes for immutable: write to it only after `copy=True`. A
     sharded array is gathered first. This waits until the array's value is there.

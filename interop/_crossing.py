@@ -1,6 +1,7 @@
 """The wrapper: a function with a frozen record of what was declared of it, calling `plan -> engine -> unplan`.
 
-A stack of decorators is one flat wrapper. Each decorator returns a refined copy of the record, so their order can't matter.
+A stack of decorators is one flat wrapper. Each decorator returns a refined copy of the record, so that their order
+can't matter.
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ class Entry:
         self.marshaller = Marshaller(record.fn, name=record.name, static_argnames=record.static_argnames)
         self.flatten_call = self.marshaller.flatten_call
         self.engine_call: Any = (_in_torch if self.host is TORCH else _in_jax).call
-        # In JAX a Python number is data of the call, given as it is. In torch it is dynamic until a trace needs its value.
+        # In JAX a Python number is data of the call, given as it is. In torch it is dynamic until a trace needs its
+        # value.
         self.bakes_numbers = self.host is JAX
         self.token = _compiled.register(self)
         _check_argnames(record, self.marshaller.signature)
@@ -132,8 +134,12 @@ class Entry:
 
     def _call_converted(self, leaves: list[Leaf], spec: Spec) -> Any:
         """A call with leaves that are not the host's own: arrays of the guest, of numpy, keys."""
-        key = tuple(str(jax.random.key_impl(x)) if k is Kind.KEY else None for x, k in zip(leaves, spec.kinds, strict=True))
-        given = [_given(self.host, leaf, kind, i) for i, (leaf, kind) in enumerate(zip(leaves, spec.kinds, strict=True))]
+        key = tuple(
+            str(jax.random.key_impl(x)) if k is Kind.KEY else None for x, k in zip(leaves, spec.kinds, strict=True)
+        )
+        given = [
+            _given(self.host, leaf, kind, i) for i, (leaf, kind) in enumerate(zip(leaves, spec.kinds, strict=True))
+        ]
         if Kind.NUMBER in spec.kinds and self.bakes_numbers:
             return self._call_baked(given, spec, key)
         flat = _bounded(spec.memo, ("flat", key), lambda: self._flat(spec, impls=key))
@@ -150,17 +156,19 @@ class Entry:
         """The function of one structure of call, as a flat function of its dynamic leaves."""
         record, guest = self.record, self.record.guest
         dynamic = [i for i, kind in enumerate(spec.kinds) if numbers is None or kind is not Kind.NUMBER]
-        promised = None if record.example_output is None else _promise(record, spec, dynamic, numbers)
+        promised = None if record.example_output is None else _promise(record, spec, numbers)
 
         def fn(*leaves: Leaf) -> tuple[Leaves, Static]:
             every = leaves if numbers is None else _merged(spec.kinds, leaves, numbers)
             args, kwargs = spec.unflatten(_keys_wrapped(every, impls))
             outs, tree = flatten(record.fn(*args, **kwargs), numbers_static=True)
-            return tuple(_result(guest, out, kind, tree, i) for i, (out, kind) in enumerate(zip(outs, tree.kinds, strict=True))), Static(tree)
+            return tuple(
+                _result(guest, out, kind, tree, i) for i, (out, kind) in enumerate(zip(outs, tree.kinds, strict=True))
+            ), Static(tree)
 
         levels = Levels(record.differentiable, record.jittable, promised, record.jit, record.vmap)
         nondiff = tuple(spec.argnames[i] in record.nondiff_argnames for i in dynamic) if record.nondiff_argnames else ()
-        kind: Any = _in_torch.JaxFlat if guest is JAX else Flat
+        kind: Any = _in_torch.JaxFlat if guest is JAX else _in_jax.TorchFlat
         return kind(guest, fn, record.name, levels, nondiff, lambda i: spec.path(dynamic[i]))
 
 
@@ -249,9 +257,7 @@ def _result(guest: Side, out: Leaf, kind: Kind, tree: Tree, index: int) -> Leaf:
     return out if kind is own else array_to_tensor(out)
 
 
-def _promise(
-    record: Record, spec: Spec, dynamic: list[int], numbers: tuple[Any, ...] | None
-) -> Callable[[Sequence[Aval]], Outputs]:
+def _promise(record: Record, spec: Spec, numbers: tuple[Any, ...] | None) -> Callable[[Sequence[Aval]], Outputs]:
     """What `example_output` says of the outputs, given the avals of the inputs."""
 
     def promised(avals: Sequence[Aval]) -> Outputs:
@@ -298,8 +304,8 @@ def _check_argnames(record: Record, signature: inspect.Signature) -> None:
 class _Identity:
     """Compare, hash and present as itself, never as the wrapped function.
 
-    A stock wrapt proxy equals what it wraps: `jax.jit` then takes both for one cache entry, and Dynamo inlines the wrapped
-    function in its place.
+    A stock wrapt proxy equals what it wraps: `jax.jit` then takes both for one cache entry, and Dynamo inlines the
+    wrapped function in its place.
     """
 
     __slots__ = ()
@@ -313,7 +319,7 @@ class _Identity:
     def __hash__(self) -> int:
         return object.__hash__(self)
 
-    __class__ = property(lambda self: type(self))  # type: ignore[assignment]
+    __class__ = property(type)  # type: ignore[assignment]
 
 
 class _Signed(_Identity):
@@ -327,7 +333,11 @@ class _Signed(_Identity):
         record = _record_of(self)
         shown = record.signature if record.signature is not None else record.fn
         signature = inspect.signature(shown)
-        return signature if record.host is None or record.signature is not None else translate_signature(signature, record.host)
+        return (
+            signature
+            if record.host is None or record.signature is not None
+            else translate_signature(signature, record.host)
+        )
 
     @property
     def __annotations__(self) -> dict[str, Any]:  # type: ignore[override]
@@ -446,7 +456,7 @@ class _Method:
         return self.crossing._self_bound(instance).flat_call(tuple(rest), kwargs)
 
 
-def _unused(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+def _unused(*_: Any) -> Any:
     """What wrapt wants to call; `__call__` is ours."""
     raise AssertionError
 
@@ -495,7 +505,9 @@ def refine(fn: Any, **changes: Any) -> Any:
     if isinstance(fn, staticmethod | classmethod):
         return type(fn)(refine(fn.__func__, **changes))
     if not callable(fn):
-        raise OptionError(f"a {type(fn).__name__} can't be decorated", expected="a callable", hint="Options are keyword-only")
+        raise OptionError(
+            f"a {type(fn).__name__} can't be decorated", expected="a callable", hint="Options are keyword-only"
+        )
     record = _record_of(fn) if isinstance(fn, Crossing | BoundCrossing) else Record(fn)
     host = changes.get("host")
     if host is not None and record.host is not None and host is not record.host:

@@ -53,10 +53,10 @@ def as_torch(
 ) -> Any:
     """A JAX function as a function of torch.
 
-    It takes and returns tensors, wherever JAX has arrays: alone, or in tuples, lists, dicts, dataclasses, named tuples and
-    every container registered with either framework. It is compiled by `jax.jit`, once for each combination of shapes,
-    dtypes and static arguments, and composes with `torch.func.vmap`. Stack `differentiable` for derivatives and `jittable`
-    for `torch.compile`, in any order.
+    It takes and returns tensors, wherever JAX has arrays: alone, or in tuples, lists, dicts, dataclasses, named tuples
+    and every container registered with either framework. It is compiled by `jax.jit`, once for each combination of
+    shapes, dtypes and static arguments, and composes with `torch.func.vmap`. Stack `differentiable` for derivatives
+    and `jittable` for `torch.compile`, in any order.
 
     What crosses: a dense, 64-byte aligned CPU tensor is shared with JAX for the length of the call, any other layout is
     copied; results are handed over without a copy and belong to the caller. Dtypes are kept. While `jax_enable_x64` is
@@ -64,8 +64,8 @@ def as_torch(
     function makes are then 64-bit too), and 64-bit integers are range-checked and cross as 32-bit.
 
     Python numbers are traced, weakly typed; they become static by themselves when the trace needs their value. `str`,
-    `bool`, `None` and other hashable objects are static. What the function reads from a closure, or from `self`, is read
-    when it is traced.
+    `bool`, `None` and other hashable objects are static. What the function reads from a closure, or from `self`, is
+    read when it is traced.
 
     Args:
         fn: a function of arrays, or anything callable; without it, the decorator with these options.
@@ -77,8 +77,8 @@ def as_torch(
         The crossing: it looks like `fn`, with tensors in its signature.
 
     Raises:
-        LeafError: an argument or a result can't cross (sparse, quantised, an unknown subclass, a dtype without counterpart).
-        ContainerError: an argument hides a tensor in an object that can't be opened.
+        LeafError: an argument or a result can't cross (sparse, quantised, an unknown subclass, a dtype without
+        counterpart). ContainerError: an argument hides a tensor in an object that can't be opened.
         NarrowingError: a 64-bit integer does not fit into 32 bits while x64 is off.
         NotDifferentiableError: a tensor that requires grad, without `differentiable`.
         NotJittableError: a trace by torch, without `jittable`.
@@ -116,13 +116,13 @@ def as_jax(
 ) -> Any:
     """A torch function as a function of JAX.
 
-    It takes and returns arrays, wherever torch has tensors, in the same containers as `as_torch`. Real torch runs, eagerly
-    on the caller's thread, or as a callback of a compiled program. It composes with `jax.vmap`. Stack `differentiable` for
-    derivatives and `jittable` for `jax.jit` and its kin, in any order.
+    It takes and returns arrays, wherever torch has tensors, in the same containers as `as_torch`. Real torch runs,
+    eagerly on the caller's thread, or as a callback of a compiled program. It composes with `jax.vmap`. Stack
+    `differentiable` for derivatives and `jittable` for `jax.jit` and its kin, in any order.
 
     What crosses: the function works on its own copy of its arguments, so that it may write to them; results are handed
-    over without a copy where nobody else holds them. Dtypes are kept; while `jax_enable_x64` is off, an `int64` result is
-    range-checked and comes as `int32`, and a `float64` result raises.
+    over without a copy where nobody else holds them. Dtypes are kept; while `jax_enable_x64` is off, an `int64` result
+    is range-checked and comes as `int32`, and a `float64` result raises.
 
     Python numbers are given as they are. A tensor among the arguments passes through, copied.
 
@@ -161,9 +161,9 @@ def differentiable(*, nondiff_argnames: str | Collection[str] = ...) -> _Keep: .
 def differentiable(fn: Any = None, /, *, nondiff_argnames: str | Collection[str] = ()) -> Any:
     """Derivatives cross: the gradient of the crossing is the gradient of the function, at every order.
 
-    In torch: `backward`, double backward, `torch.func.*`, forward-mode AD. In JAX: `grad`, `jvp`, `hessian`, `linearize`.
-    Gradients come in the dtype of their input, and for complex values in the host's convention (torch's is the conjugate
-    of JAX's). Integer and bool leaves beside float ones have no gradient.
+    In torch: `backward`, double backward, `torch.func.*`, forward-mode AD. In JAX: `grad`, `jvp`, `hessian`,
+    `linearize`. Gradients come in the dtype of their input, and for complex values in the host's convention (torch's
+    is the conjugate of JAX's). Integer and bool leaves beside float ones have no gradient.
 
     Args:
         fn: a crossing, or a function that a later `as_torch` or `as_jax` will cross.
@@ -187,7 +187,8 @@ def jittable(fn: Any = None, /, *, example_output: Any = None) -> Any:
 
     Args:
         fn: a crossing, or a function that a later `as_torch` or `as_jax` will cross.
-        example_output: a pytree of arrays, tensors or `jax.ShapeDtypeStruct`s, of which only shape and dtype are read, or a
+        example_output: a pytree of arrays, tensors or `jax.ShapeDtypeStruct`s, of which only shape and dtype are read,
+        or a
             function from the inputs' `ShapeDtypeStruct`s to one.
 
     Raises:

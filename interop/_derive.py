@@ -1,7 +1,7 @@
 """From a flat function its jvp, vjp and vmap, as flat functions of the same kind, written once over a side.
 
-A *flat function* takes leaves of its side and returns `(leaves, Static(structure))`. A `Flat` caches what is derived from
-it, and what is derived is a `Flat` again: that is why a crossing is closed under every transform, in any order.
+A *flat function* takes leaves of its side and returns `(leaves, Static(structure))`. A `Flat` caches what is derived
+from it, and what is derived is a `Flat` again: that is why a crossing is closed under every transform, in any order.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Self, TypeAlias, TypeVar
 
 import jax
 
@@ -80,24 +80,25 @@ class Flat:
                     found = self.memos[key] = make()
         return found
 
-    def jvp(self, nonzero: Mask) -> Flat:
+    def jvp(self, nonzero: Mask) -> Self:
         """`(*primals, *tangents)` to the tangents of the inexact outputs; tangents only where `nonzero`."""
-        return self.memo(("jvp", nonzero), lambda: self._derived("jvp", derive_jvp(self, nonzero)))
+        return self.memo(("jvp", nonzero), lambda: self.derived("jvp", derive_jvp(self, nonzero)))
 
-    def vjp(self, nonzero: Mask, present: Mask) -> Flat:
+    def vjp(self, nonzero: Mask, present: Mask) -> Self:
         """`(*primals, *cotangents)` to the cotangents of the `nonzero` primals, in the host's complex convention.
 
         Cotangents come only for the outputs that are `present`; the others count as zero.
         """
-        return self.memo(("vjp", nonzero, present), lambda: self._derived("vjp", derive_vjp(self, nonzero, present)))
+        return self.memo(("vjp", nonzero, present), lambda: self.derived("vjp", derive_vjp(self, nonzero, present)))
 
-    def vmap(self, in_axes: Axes) -> Flat:
+    def vmap(self, in_axes: Axes) -> Self:
         """The function over a batch: every output has the batch as its first axis."""
-        return self.memo(("vmap", in_axes), lambda: self._derived("vmap", derive_vmap(self, in_axes)))
+        return self.memo(("vmap", in_axes), lambda: self.derived("vmap", derive_vmap(self, in_axes)))
 
-    def _derived(self, kind: str, fn: FlatFn) -> Flat:
-        # Of the same class and options: an engine's own subclass stays closed under derivation. The primals stay in front,
-        # so what is known of a leaf by its index stays true. What was promised of the outputs does not.
+    def derived(self, kind: str, fn: FlatFn) -> Self:
+        """A function derived from this one."""
+        # Of the same class and options: an engine's own subclass stays closed under derivation. The primals stay in
+        # front, so what is known of a leaf by its index stays true. What was promised of the outputs does not.
         levels = replace(self.levels, example_output=None)
         return replace(self, fn=fn, name=f"{self.name}.{kind}", levels=levels, memos={}, lock=threading.RLock())
 
@@ -137,8 +138,8 @@ def derive_jvp(flat: Flat, nonzero: Mask) -> FlatFn:
 def derive_vjp(flat: Flat, nonzero: Mask, present: Mask) -> FlatFn:
     """The transpose of that derivative.
 
-    A gradient of torch is the conjugate of JAX's, for any function whatever. Conjugating on the way in and on the way out
-    therefore gives the host's convention on both sides, and at every order.
+    A gradient of torch is the conjugate of JAX's, for any function whatever. Conjugating on the way in and on the way
+    out therefore gives the host's convention on both sides, and at every order.
     """
     count, side = len(nonzero), flat.side
 

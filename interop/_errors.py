@@ -15,8 +15,8 @@
     ├── NestedError            (RuntimeError)         a nested crossing that could hang
     └── ForkError              (RuntimeError)         a crossing in a forked child of a process that runs JAX
 
-An error is raised low, where the reason is known, and completed once at the boundary, where the function and the path of
-the argument are known (`locate`).
+An error is raised low, where the reason is known, and completed once at the boundary, where the function and the path
+of the argument are known (`locate`).
 """
 
 from __future__ import annotations

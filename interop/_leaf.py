@@ -1,8 +1,8 @@
 """One leaf across, both ways: dtypes, layout, alignment, devices and lifetime.
 
 Two sets of rules. *In a crossing* (`tensor_to_array`, `array_to_tensor`) a value is exact or an error, and dense: the
-array aliases the tensor's memory only until the call returns. *Bare* (`share_tensor`, `share_array`) a value lives on in
-the user's hands: any dense layout is shared, and 64-bit values follow what JAX can hold.
+array aliases the tensor's memory only until the call returns. *Bare* (`share_tensor`, `share_array`) a value lives on
+in the user's hands: any dense layout is shared, and 64-bit values follow what JAX can hold.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ _import, _capsule_of = jax_private.import_tensor, torch_private.capsule_of
 
 
 def tensor_to_array(t: torch.Tensor, *, x64: bool = False) -> jax.Array:
-    """A tensor as an array for the length of one crossing: shared where dense and aligned, else copied; exact or an error.
+    """A tensor as an array for the length of one crossing: shared if dense and aligned, else copied.
 
     The caller sees to it that `x64` is on while a 64-bit float crosses.
     """
@@ -228,9 +228,9 @@ def narrow(t: torch.Tensor) -> torch.Tensor:
     """A 64-bit integer tensor in 32 bits; raises `NarrowingError` if a value does not fit."""
     target = _WIDE_INTS[t.dtype]
     small = t.to(target)
-    lost = (small.to(t.dtype) != t).nonzero()
-    if lost.numel():
-        value = t[tuple(lost[0].tolist())].item()
+    lost = (small.to(t.dtype) != t).flatten()
+    if lost.any():
+        value = t.flatten()[int(lost.nonzero()[0])].item()
         raise NarrowingError(
             f"the value {value} does not fit into {str(target).removeprefix('torch.')}",
             got=describe(t),

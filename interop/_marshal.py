@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import enum
+import functools
 import inspect
 import sys
 import types
@@ -209,13 +210,17 @@ def _open_dict(x: dict[Any, Any]) -> _Opened:
 
 def _open_ordered(x: Any) -> _Opened:
     keys, names = tuple(x), tuple(f"[{k!r}]" for k in x)
-    build: Callable[[list[Any]], Any] = lambda c: collections.OrderedDict(zip(keys, c, strict=True))  # noqa: E731
+    build = functools.partial(_zipped, collections.OrderedDict, keys)
     return _Container(collections.OrderedDict, _keys_of(x), names, build), list(x.values())
+
+
+def _zipped(make: Callable[[Any], Any], keys: tuple[Any, ...], children: list[Any]) -> Any:
+    return make(zip(keys, children, strict=True))
 
 
 def _open_defaultdict(x: Any) -> _Opened:
     keys, names, factory = tuple(x), tuple(f"[{k!r}]" for k in x), x.default_factory
-    build: Callable[[list[Any]], Any] = lambda c: collections.defaultdict(factory, zip(keys, c, strict=True))  # noqa: E731
+    build = functools.partial(_zipped, functools.partial(collections.defaultdict, factory), keys)
     return _Container(collections.defaultdict, (factory, _keys_of(x)), names, build), list(x.values())
 
 
@@ -254,7 +259,7 @@ def _open_named(x: Any) -> _Opened:
 def _open_struct(x: Any) -> _Opened:
     """A result of torch with named fields (`torch.return_types`)."""
     t = type(x)
-    return _Container(t, None, _indices(len(x)), lambda c: t(c)), tuple(x)
+    return _Container(t, None, _indices(len(x)), t), tuple(x)
 
 
 def _open_registered(x: Any) -> _Opened:
@@ -266,7 +271,7 @@ def _open_registered(x: Any) -> _Opened:
 
 
 def _open_dataclass(x: Any) -> _Opened:
-    """A dataclass that is not registered, by its fields; it may have an `__init__` of its own, so that is not called."""
+    """A dataclass that is not registered, by its fields; its `__init__` may be its own, so that is not called."""
     t, fields = type(x), tuple(f.name for f in dataclasses.fields(x) if hasattr(x, f.name))
 
     def build(children: list[Any]) -> Any:
@@ -311,7 +316,10 @@ _OPENERS: dict[type, Callable[[Any], _Opened]] = {
 
 
 def _opener_for(x: Any) -> Callable[[Any], _Opened] | None:
-    """How to open a container of a type not in the table. JAX's registry comes before dataclasses: an equinox module is one."""
+    """How to open a container of a type not in the table.
+
+    JAX's registry comes before dataclasses: an equinox module is one, with an `__init__` of its own.
+    """
     t = type(x)
     if isinstance(x, tuple) and hasattr(t, "_fields"):
         return _open_named
@@ -498,9 +506,7 @@ class Marshaller:
     def _understand(self, key: tuple[Any, ...], positional: Sequence[Any], keywords: dict[str, Any]) -> Spec:
         named = self._named(positional, keywords)
         static = self.static
-        trees = [
-            Tree((_opaque(v),)) if n.partition("[")[0] in static else flatten(v)[1] for n, v in named
-        ]
+        trees = [Tree((_opaque(v),)) if n.partition("[")[0] in static else flatten(v)[1] for n, v in named]
         spec = Spec(len(positional), tuple(n for n, _ in named), tuple(trees))
         if len(self.specs) >= self.capacity:
             del self.specs[next(iter(self.specs))]

@@ -23,13 +23,13 @@ _ANY = inspect.Signature(
 
 
 def signature_of(fn: Callable[..., Any]) -> inspect.Signature:
-    """The signature of a callable, with its annotations resolved where they can be; `(*args, **kwargs)` where it has none."""
+    """The signature of a callable, annotations resolved where they can be; `(*args, **kwargs)` if none."""
     for resolve in (True, False):
         try:
             return inspect.signature(fn, eval_str=resolve)
         except (ValueError, TypeError):
             return _ANY
-        except Exception:  # noqa: BLE001, S112 - whatever an annotation raises when it is evaluated: keep it as a string
+        except Exception:  # noqa: BLE001, S112 - whatever evaluating an annotation raises: it stays a string
             continue
     return _ANY
 
@@ -37,10 +37,10 @@ def signature_of(fn: Callable[..., Any]) -> inspect.Signature:
 def compile_binder(
     signature: inspect.Signature, name: str
 ) -> tuple[Callable[..., tuple[tuple[Any, ...], dict[str, Any]]], tuple[str, ...]]:
-    """A function with this very parameter list that returns `(positional, keywords)`, and the names of the positional ones.
+    """A function with this very parameter list that returns `(positional, keywords)`, and the names of the positional.
 
-    Python binds its calls: a wrong one raises Python's own `TypeError` under the function's name, in 1 us against the 11 to
-    40 of `Signature.bind`. The last name is that of `*args`.
+    Python binds its calls: a wrong one raises Python's own `TypeError` under the function's name, in 1 us against the
+    11 to 40 of `Signature.bind`. The last name is that of `*args`.
     """
     parameters = list(signature.parameters.values())
     namespace: dict[str, Any] = {}
@@ -60,7 +60,7 @@ def compile_binder(
         declared.append({p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "") + p.name + default)
         if index + 1 == only:
             declared.append("/")
-    first = "".join(f"{n}, " for n in positional) + (f"*{rest}" if rest else "")
+    first = "".join(f"{n}, " for n in positional) + (f"*{rest}, " if rest else "")
     second = "".join(f"{n!r}: {n}, " for n in keywords) + (f"**{others}" if others else "")
     exec(f"def bind({', '.join(declared)}): return ({first}), {{{second}}}", namespace)  # noqa: S102 - of names alone
     bind = namespace["bind"]

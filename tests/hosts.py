@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+import torch.utils._pytree as torch_pytree
 from torch.utils import checkpoint
 
 import interop
@@ -90,8 +91,8 @@ class Host:
 
     def flat(self, fn: Fn, case: Case) -> Fn:
         """The function of the leaves of the case's arguments."""
-        treedef = jax.tree.structure(case.args)
-        return lambda *leaves: fn(*jax.tree.unflatten(treedef, leaves), **case.statics)
+        structure = torch_pytree.tree_structure(case.args)  # torch's, which Dynamo can follow
+        return lambda *leaves: fn(*torch_pytree.tree_unflatten(leaves, structure), **case.statics)
 
     def leaves(self, case: Case) -> list[Any]:
         """The leaves of the case's arguments."""

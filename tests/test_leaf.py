@@ -131,12 +131,18 @@ def test_int64_narrows_if_it_fits() -> None:
 
 
 @pytest.mark.parametrize("value", [2**31, -(2**31) - 1, 2**40 + 1])
-def test_int64_that_does_not_fit_raises(value: int) -> None:
-    x = torch.tensor([0, value])
+@pytest.mark.parametrize("shape", [(), (1,), (2, 1)], ids=str)
+def test_int64_that_does_not_fit_raises(value: int, shape: tuple[int, ...]) -> None:
+    x = torch.full(shape, value)
     with pytest.raises(OverflowError, match=str(value)):
         torch_to_jax(x)
     with pytest.raises(interop.NarrowingError, match=str(value)):
         as_torch(lambda a: a)(x)
+
+
+def test_the_value_that_does_not_fit_is_named() -> None:
+    with pytest.raises(OverflowError, match=f"the value {2**33} "):
+        torch_to_jax(torch.tensor([[0, 2**33], [2**34, 1]]))
 
 
 def test_uint64_that_does_not_fit_raises() -> None:

@@ -187,7 +187,8 @@ def doubled(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64) if x.dtype.kind in "fc" else x
 
 
-DOUBLE = [case for case in CASES if case.active and case.is_single]
+# A constant has the precision of the framework that makes it.
+DOUBLE = [case for case in CASES if case.active and case.is_single and case.id != "constant_output"]
 
 
 @pytest.mark.parametrize("transform", ["call", "gradient", "second"])

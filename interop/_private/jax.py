@@ -83,7 +83,7 @@ def vary(leaves: list[Any]) -> list[Any]:
 
 
 def shaped_array(shape: tuple[int, ...], dtype: Any, like: tuple[Any, ...]) -> Any:
-    """An output aval that varies over the manual axes of the inputs' avals: else gradients through shard_map are wrong."""
+    """An output aval that varies over the manual axes of the inputs: else gradients through shard_map are wrong."""
     matter = next((m for m in (getattr(a, "mat", None) for a in like) if getattr(m, "varying", ())), None)
     if matter is None:
         return jax.core.ShapedArray(shape, dtype)

@@ -58,9 +58,10 @@ class RandomnessWatch(TorchDispatchMode):
         super().__init__()
         self.seen = False
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D105
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.seen = self.seen or torch.Tag.nondeterministic_seeded in func.tags
         return func(*args, **(kwargs or {}))
+
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
 
@@ -90,11 +91,15 @@ def is_fake(t: Any) -> bool:
     """Whether it is a tensor without values that torch traces with."""
     return isinstance(t, FakeTensor)
 
+
 # --- Dynamo -----------------------------------------------------------------------------------------------------------
 
 
 def constant_result(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Run by Dynamo at trace time, its result a constant: `torch.compiler.assume_constant_result`, which imports Dynamo."""
+    """Run by Dynamo at trace time, its result a constant.
+
+    `torch.compiler.assume_constant_result` sets the same mark, but imports Dynamo to do so.
+    """
     fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return fn
 
@@ -124,6 +129,7 @@ def open_pytree(x: Any) -> tuple[list[Any], Any, Callable[[list[Any]], Any]]:
     children, context = node.flatten_fn(x)
     return list(children), context, lambda new: node.unflatten_fn(new, context)
 
+
 # --- the older vmap ---------------------------------------------------------------------------------------------------
 
 
@@ -135,3 +141,21 @@ def unbatch(t: torch.Tensor) -> torch.Tensor:
 def batch(t: torch.Tensor) -> torch.Tensor:
     """Values as a legacy batched tensor, mapped over their first axis."""
     return torch._add_batch_dim(t, 0, 1)
+
+
+# --- capture ----------------------------------------------------------------------------------------------------------
+
+
+def trace(fn: Callable[..., Any], *args: Any) -> torch.fx.GraphModule:
+    """The operations of a function on fake tensors, free of writes; tensors that it closes over stay references."""
+    from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415 - costs a second; only a capture pays
+
+    module = make_fx(fn, tracing_mode="fake", _allow_non_fake_inputs=True)(*args)
+    if any(_writes(node) for node in module.graph.nodes):
+        module = make_fx(torch.func.functionalize(module), tracing_mode="fake", _allow_non_fake_inputs=True)(*args)
+    return module
+
+
+def _writes(node: Any) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema and schema.is_mutable)

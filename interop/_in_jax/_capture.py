@@ -1,0 +1,222 @@
+"""The forward and the backward of a torch function as two graphs, with the residuals between them.
+
+The function is traced once on fake tensors together with its gradient; the joint graph is then cut at the outputs.
+Forward is what the outputs need. Backward is the rest of what the gradients need, and the forward values that it reads
+are the residuals.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.fx
+
+from interop._abstract import Aval
+from interop._derive import NOTHING, Levels, Mask, Static
+from interop._in_jax._flat import TorchFlat
+from interop._leaf import TORCH_OF, WIDE_FLOATS, jax_dtype, x64_enabled
+from interop._private import torch as torch_private
+from interop._side import TORCH, Leaf, Leaves
+
+_log = logging.getLogger("interop")
+
+_ATEN = torch.ops.aten
+
+
+@dataclass(eq=False)
+class Capture:
+    """A captured gradient.
+
+    Attributes:
+        forward: primals to outputs and new residuals.
+        backward: `(*saved, *cotangents of the inexact outputs)` to the cotangents of the active primals.
+        count: the number of outputs.
+        saved: where each saved value is found: ("input", i), ("output", i) or ("residual", i).
+        residuals: the avals of the new residuals.
+        inputs: the number of primals.
+    """
+
+    forward: TorchFlat
+    backward: TorchFlat
+    count: int
+    saved: tuple[tuple[str, int], ...]
+    residuals: tuple[Aval, ...]
+    inputs: int
+
+    def find(self, primals: Sequence[Any], results: Sequence[Any]) -> list[Any]:
+        """The saved values, from the primals and what the forward returned."""
+        of = {"input": primals, "output": results[: self.count], "residual": results[self.count :]}
+        return [of[origin][i] for origin, i in self.saved]
+
+    def vmap(self, size: int, inexact: int) -> Capture:
+        """The same over a batch that is the first axis of everything."""
+        return self.forward.memo(("capture", self, size), lambda: replace(
+            self,
+            forward=self.forward.vmap((0,) * self.inputs),
+            backward=self.backward.vmap((0,) * (len(self.saved) + inexact)),
+            residuals=tuple(Aval((size, *aval.shape), aval.dtype) for aval in self.residuals),
+        ))  # fmt: skip
+
+
+def capture(flat: TorchFlat, avals: tuple[Aval, ...], active: Mask) -> Capture | None:
+    """The captured gradient with respect to the active inputs; None where it can't be captured, and has to be recomputed."""
+    found: list[Capture | None] = flat.memo(
+        ("capture", avals, active, x64_enabled()), lambda: [_try_capture(flat, avals, active)]
+    )
+    return found[0]
+
+
+def _try_capture(flat: TorchFlat, avals: tuple[Aval, ...], active: Mask) -> Capture | None:
+    try:
+        return _capture(flat, avals, active)
+    except Exception as error:  # noqa: BLE001 - whatever a tracer meets; the recomputed gradient is right all the same
+        _log.debug("%s: gradient recomputed, not captured (%s: %s)", flat.name, type(error).__name__, error)
+        return None
+
+
+def _capture(flat: TorchFlat, avals: tuple[Aval, ...], active: Mask) -> Capture:
+    outputs = flat.outputs(avals).avals
+    inexact = [aval for aval in outputs if aval.dtype.kind in "fcV"]
+    graph = torch_private.trace(
+        _joint(flat, active),
+        [torch.empty(a.shape, dtype=TORCH_OF[a.dtype], requires_grad=r) for a, r in zip(avals, active, strict=True)],
+        [torch.empty(a.shape, dtype=TORCH_OF[a.dtype]) for a in inexact],
+    )
+    wanted = [aval for aval, a in zip(avals, active, strict=True) if a]
+    return _Cut(graph, flat, len(avals), len(outputs), wanted).capture()
+
+
+def _joint(flat: TorchFlat, active: Mask) -> Callable[..., tuple[Any, Any]]:
+    """Primals and cotangents to outputs and gradients."""
+
+    def joint(primals: list[Leaf], cotangents: list[Leaf]) -> tuple[Any, Any]:
+        with torch.enable_grad():
+            outs = flat.leaves(*[p.clone() for p in primals])  # no leaf: the function may write to it
+            inexact = [out for out in outs if TORCH.is_inexact(out)]
+            pairs = [(o, c.conj_physical() if o.is_complex() else c)
+                     for o, c in zip(inexact, cotangents, strict=True) if o.requires_grad]  # fmt: skip
+            wanted = [p for p, a in zip(primals, active, strict=True) if a]
+            grads: Sequence[Any] = (None,) * len(wanted)
+            if pairs:
+                grads = torch.autograd.grad([o for o, _ in pairs], wanted, [c for _, c in pairs], allow_unused=True)
+        return list(outs), [None if g is None else g.conj_physical() if g.is_complex() else g for g in grads]
+
+    return joint
+
+
+def _drop_copies(module: torch.fx.GraphModule) -> None:
+    """Nothing is written to in the graph any more: a copy of an input is the input."""
+    for node in module.graph.find_nodes(op="call_function", target=_ATEN.clone.default):
+        if node.args[0].op == "placeholder":
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+
+
+class _Cut:
+    """A joint graph cut into a forward and a backward."""
+
+    def __init__(
+        self, module: torch.fx.GraphModule, flat: TorchFlat, inputs: int, outputs: int, wanted: Sequence[Aval]
+    ) -> None:
+        _drop_copies(module)
+        self.module, self.flat, self.count, self.wanted = module, flat, outputs, wanted
+        nodes = list(module.graph.nodes)
+        places = [node for node in nodes if node.op == "placeholder"]
+        self.primals, self.cotangents = places[:inputs], places[inputs:]
+        results = list(next(node for node in nodes if node.op == "output").args[0])
+        flattened, _ = torch.utils._pytree.tree_flatten(results, is_leaf=lambda x: x is None)
+        self.outs, self.grads = flattened[:outputs], flattened[outputs:]
+        self.forward_nodes = self._ancestors(self.outs)
+        self.backward_nodes = self._ancestors(self.grads) - self.forward_nodes
+        self._pull_up_items(nodes)
+
+    def _ancestors(self, ends: Sequence[Any]) -> set[Any]:
+        found: set[Any] = set()
+        waiting = [node for node in ends if isinstance(node, torch.fx.Node)]
+        while waiting:
+            node = waiting.pop()
+            if node not in found:
+                found.add(node)
+                waiting.extend(node.all_input_nodes)
+        return found
+
+    def _pull_up_items(self, nodes: Sequence[Any]) -> None:
+        """An item of a tuple that the forward makes belongs to the forward: tuples are no residuals."""
+        for node in nodes:
+            if node.target is operator.getitem and node in self.backward_nodes and node.args[0] in self.forward_nodes:
+                self.backward_nodes.discard(node)
+                self.forward_nodes.add(node)
+
+    def capture(self) -> Capture:
+        """The two graphs, and what lies between them."""
+        read = [n for node in self.backward_nodes for n in node.all_input_nodes if n not in self.backward_nodes]
+        read += [g for g in self.grads if isinstance(g, torch.fx.Node) and g not in self.backward_nodes]
+        order = {node: i for i, node in enumerate(self.module.graph.nodes)}
+        between = sorted({n for n in read if n.op != "get_attr" and n not in self.cotangents}, key=order.__getitem__)
+        new = [n for n in between if n not in self.primals and n not in self.outs]
+        origins = [
+            ("input", self.primals.index(n)) if n in self.primals
+            else ("output", self.outs.index(n)) if n in self.outs
+            else ("residual", new.index(n))
+            for n in between
+        ]  # fmt: skip
+        values = [n.meta["val"] for n in new]
+        if any(v.dtype in WIDE_FLOATS for v in values) and not x64_enabled():
+            raise TypeError("a residual is a 64-bit float")
+        forward = self._graph(self.primals, [*self.outs, *new], self.forward_nodes)
+        backward = self._graph([*between, *self.cotangents], self.grads, self.backward_nodes)
+        avals = tuple(Aval(tuple(v.shape), jax_dtype(v.dtype, x64=x64_enabled())) for v in values)
+        dtypes = [n.meta["val"].dtype for n in between]
+        return Capture(
+            self._flat(lambda *xs: tuple(forward(*xs)), "forward"),
+            self._flat(_restoring(backward, dtypes, self.wanted), "backward"),
+            self.count,
+            tuple(origins),
+            avals,
+            len(self.primals),
+        )
+
+    def _graph(self, inputs: Sequence[Any], outputs: Sequence[Any], nodes: set[Any]) -> Callable[..., Any]:
+        graph = torch.fx.Graph()
+        copied: dict[Any, Any] = {}
+        for i, node in enumerate(inputs):
+            copied[node] = graph.placeholder(f"x{i}")
+        for node in self.module.graph.nodes:
+            if (
+                (node in nodes or node.op == "get_attr")
+                and node not in copied
+                and node.op not in ("placeholder", "output")
+            ):
+                copied[node] = graph.node_copy(node, copied.__getitem__)
+                if node.target in (_ATEN.view.default, _ATEN._unsafe_view.default):
+                    copied[node].target = _ATEN.reshape.default  # XLA hands residuals over densely packed
+        graph.output(tuple(copied[n] if isinstance(n, torch.fx.Node) else n for n in outputs))
+        graph.eliminate_dead_code()
+        return torch.fx.GraphModule(self.module, graph).forward
+
+    def _flat(self, fn: Callable[..., Leaves], kind: str) -> TorchFlat:
+        def flat_fn(*leaves: Leaf) -> tuple[Leaves, Static]:
+            return fn(*leaves), NOTHING
+
+        return TorchFlat(TORCH, flat_fn, f"{self.flat.name}.{kind}", Levels(differentiable=True, jittable=True))
+
+
+def _restoring(
+    backward: Callable[..., Any], dtypes: Sequence[torch.dtype], wanted: Sequence[Aval]
+) -> Callable[..., Leaves]:
+    """The backward on residuals as JAX kept them (integers in 32 bits); a gradient that does not exist is zero."""
+
+    def restored(*leaves: Leaf) -> Leaves:
+        saved = [x.to(dtype) for x, dtype in zip(leaves, dtypes, strict=False)]
+        grads = backward(*saved, *leaves[len(dtypes) :])
+        return tuple(
+            torch.zeros(w.shape, dtype=TORCH_OF[w.dtype]) if g is None else g
+            for g, w in zip(grads, wanted, strict=True)
+        )
+
+    return restored

@@ -1,0 +1,435 @@
+"""The engine: a flat torch function as primitives of JAX. Mirror of `_in_torch`.
+
+A call on values runs torch directly. Everything else goes through primitives, with one rule for each transform:
+
+    torch_call      the function
+    torch_forward   the function with its residuals, from a captured graph
+    torch_linear    its derivative along tangents: linear in them, so that JAX can transpose it
+    torch_backward  the transpose on residuals, from a captured graph
+
+Where gradients come from: eagerly from torch's own graph (`_live`), in a trace from captured graphs (`_capture`), and
+by recomputing where neither is to be had. Higher orders are always derived from the original function.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+import torch
+from jax.experimental.buffer_callback import buffer_callback
+from jax.interpreters import ad, batching, mlir
+
+from interop._abstract import Aval, aval_of
+from interop._derive import Mask, Static, fill, pick
+from interop._errors import NotDifferentiableError, NotJittableError, UnsupportedError
+from interop._in_jax import _live
+from interop._in_jax._capture import Capture, capture
+from interop._in_jax._flat import TorchFlat, callback, run
+from interop._private import jax as jax_private
+from interop._side import Leaf
+
+_Result: TypeAlias = "tuple[Sequence[jax.Array], Any]"
+_Tracer = jax.core.Tracer
+_Zero = ad.Zero
+
+
+# --- call -------------------------------------------------------------------------------------------------------------
+
+
+def call(flat: TorchFlat, leaves: Sequence[Leaf]) -> _Result:
+    """Call the function on arrays; returns `(arrays, structure)`."""
+    for leaf in leaves:
+        if isinstance(leaf, _Tracer):
+            return _call_traced(flat, leaves)
+    outs, structure = run(flat, _gathered(leaves))
+    return outs, structure.value
+
+
+def _call_traced(flat: TorchFlat, leaves: Sequence[Leaf]) -> _Result:
+    _ran.structures.pop(flat, None)
+    outs = torch_call.bind(*jax_private.vary(list(leaves)), flat=flat)
+    # Where the values were there, it has run, and said what it returned; else its outputs were inferred.
+    structure = _ran.structures.pop(flat, None) or flat.outputs(tuple(map(aval_of, leaves))).structure
+    _ran.structures.clear()
+    return outs, structure.value
+
+
+class _Ran(threading.local):
+    """The structures of the outputs of functions that ran in this thread during a bind."""
+
+    def __init__(self) -> None:
+        self.structures: dict[TorchFlat, Static] = {}
+
+
+_ran = _Ran()
+
+
+def _run(flat: TorchFlat, arrays: Sequence[Any]) -> list[jax.Array]:
+    outs, structure = run(flat, _gathered(arrays))
+    _ran.structures[flat.origin or flat] = structure
+    return outs
+
+
+def _gathered(arrays: Sequence[Any]) -> Sequence[Any]:
+    """The same values, warned of once if one is spread over several devices: it is gathered, and computed once."""
+    if any(isinstance(a, jax.Array) and len(a.sharding.device_set) > 1 for a in arrays):
+        _warn_gathered()
+    return arrays
+
+
+_warned = False
+
+
+def _warn_gathered() -> None:
+    global _warned  # noqa: PLW0603 - once in a process
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            "a torch function was given an array on several devices: it is gathered, and the function computes on the "
+            "whole of it. Use jax.shard_map to compute on each shard",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def check_differentiable(flat: TorchFlat, wanted: Sequence[bool]) -> None:
+    """Raise where a derivative is asked that was not declared, naming the first leaf that asks."""
+    refused = (*flat.nondiff, *(False,) * (len(wanted) - len(flat.nondiff)))
+    for index, (asked, no) in enumerate(zip(wanted, refused, strict=False)):
+        if asked and not flat.levels.differentiable:
+            raise _named(
+                flat,
+                NotDifferentiableError(
+                    "a derivative of a function that is not differentiable", hint="Stack @differentiable"
+                ),
+                index,
+            )
+        if asked and no:
+            raise _named(
+                flat,
+                NotDifferentiableError(
+                    "a derivative in an argument named in nondiff_argnames", hint="Use jax.lax.stop_gradient on it"
+                ),
+                index,
+            )
+
+
+def _named(flat: TorchFlat, error: Any, index: int) -> Any:
+    """The error with names in it: a rule of JAX may run long after our frame has gone."""
+    error.function = flat.name
+    error.argument = flat.path(index) if flat.path else None
+    return error
+
+
+# --- primitives -------------------------------------------------------------------------------------------------------
+
+torch_call = jax_private.eager_primitive("torch_call")
+torch_forward = jax_private.eager_primitive("torch_forward")
+torch_linear = jax_private.eager_primitive("torch_linear")
+torch_backward = jax_private.eager_primitive("torch_backward")
+
+
+def _shaped(avals: Sequence[Aval], like: Sequence[Any]) -> list[Any]:
+    return [jax_private.shaped_array(aval.shape, aval.dtype, tuple(like)) for aval in avals]
+
+
+def _inexact(aval: Any) -> bool:
+    return bool(jax.dtypes.issubdtype(aval.dtype, np.inexact))
+
+
+def _call_avals(*ins: Any, flat: TorchFlat) -> list[Any]:
+    return _shaped(flat.pure_outputs(tuple(map(aval_of, ins))).avals, ins)
+
+
+def _forward_avals(*ins: Any, flat: TorchFlat, active: Mask, cut: Capture) -> list[Any]:
+    del active
+    return _shaped([*flat.outputs(tuple(map(aval_of, ins))).avals, *cut.residuals], ins)
+
+
+def _linear_avals(*ins: Any, flat: TorchFlat, active: Mask, source: Any) -> list[Any]:
+    primals = _split(ins, active, source)[1]
+    outs = flat.outputs(tuple(map(aval_of, primals))).avals
+    return _shaped([out for out in outs if _inexact(out)], ins)
+
+
+def _backward_avals(*ins: Any, flat: TorchFlat, active: Mask, cut: Capture) -> list[Any]:
+    del flat
+    primals = ins[len(cut.saved) : len(cut.saved) + len(active)]
+    return _shaped([aval_of(x) for x in pick(tuple(primals), active)], ins)
+
+
+def _split(operands: Sequence[Any], active: Mask, source: Any) -> tuple[list[Any], list[Any], list[Any]]:
+    """The operands of `torch_linear`: residuals, primals, tangents. The source says what the residuals are."""
+    kept = len(source.saved) if isinstance(source, Capture) else int(source == "live")
+    count = len(active)
+    return list(operands[:kept]), list(operands[kept : kept + count]), list(operands[kept + count :])
+
+
+# --- derivatives ------------------------------------------------------------------------------------------------------
+
+
+def _call_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, flat: TorchFlat) -> Any:
+    active = tuple(type(t) is not _Zero for t in tangents)
+    check_differentiable(flat, active)
+    given = [t for t in tangents if type(t) is not _Zero]
+    outs, source, residuals = _linearized(flat, primals, active, given)
+    return outs, _linear(flat, outs, residuals, primals, given, active, source)
+
+
+def _linearized(flat: TorchFlat, primals: Sequence[Any], active: Mask, tangents: Sequence[Any]) -> Any:
+    """The outputs, and where their transpose will come from."""
+    if not all(isinstance(t, _Tracer) for t in tangents):  # forward mode: nothing will be transposed
+        return torch_call.bind(*primals, flat=flat), "recompute", []
+    if not any(isinstance(p, _Tracer) for p in primals):
+        outs, structure, handle = _live.forward(flat, _gathered(primals), active)
+        _ran.structures[flat.origin or flat] = structure
+        return outs, "live", [handle]
+    avals = tuple(map(aval_of, primals))
+    flat.pure_outputs(avals)
+    cut = capture(flat, avals, active)
+    if cut is None:
+        return torch_call.bind(*primals, flat=flat), "recompute", []
+    results = torch_forward.bind(*primals, flat=flat, active=active, cut=cut)
+    return results[: cut.count], cut, cut.find(primals, results)
+
+
+def _linear(
+    flat: TorchFlat, outs: Sequence[Any], residuals: Any, primals: Any, tangents: Any, active: Mask, source: Any
+) -> list[Any]:
+    """The tangents of the outputs: those of the inexact ones through `torch_linear`, zero for the others."""
+    operands = jax_private.vary([*residuals, *primals, *tangents])
+    moved = iter(torch_linear.bind(*operands, flat=flat, active=active, source=source))
+    return [next(moved) if _inexact(out) else _Zero(jax.typeof(out).to_tangent_aval()) for out in outs]
+
+
+def _forward_jvp(primals: Any, tangents: Any, *, flat: TorchFlat, active: Mask, cut: Capture) -> Any:
+    """Of second order: the residuals count as constants, because what reads them is derived from the primals again."""
+    results = torch_forward.bind(*primals, flat=flat, active=active, cut=cut)
+    outs, kept = results[: cut.count], results[cut.count :]
+    again = tuple(type(t) is not _Zero for t in tangents)
+    given = [t for t in tangents if type(t) is not _Zero]
+    moved = _linear(flat, outs, [], primals, given, again, "recompute")
+    return results, [*moved, *(_Zero(jax.typeof(x).to_tangent_aval()) for x in kept)]
+
+
+def _linear_jvp(primals: Any, tangents: Any, *, flat: TorchFlat, active: Mask, source: Any) -> Any:
+    _, points, directions = _split(primals, active, source)
+    _, dpoints, ddirections = _split(tangents, active, source)
+    return _call_jvp([*points, *directions], [*dpoints, *ddirections], flat=flat.jvp(active))
+
+
+def _linear_transpose(cotangents: Any, *operands: Any, flat: TorchFlat, active: Mask, source: Any) -> list[Any]:
+    residuals, primals, _ = _split(operands, active, source)
+    present = tuple(type(c) is not _Zero for c in cotangents)
+    given = [c for c in cotangents if type(c) is not _Zero]
+    if not given:
+        return [None] * len(operands)
+    if isinstance(source, Capture):
+        dense = [ad.instantiate_zeros(c) for c in cotangents]
+        operands_ = jax_private.vary([*residuals, *primals, *dense])
+        grads = torch_backward.bind(*operands_, flat=flat, active=active, cut=source)
+    else:
+        grads = _transposed(flat, residuals, primals, given, active, present, source)
+    return [None] * (len(operands) - len(grads)) + list(grads)
+
+
+def _transposed(
+    flat: TorchFlat, residuals: Any, primals: Any, given: Any, active: Mask, present: Mask, source: Any
+) -> Any:
+    if source == "live" and not any(isinstance(x, _Tracer) for x in (*given, *residuals)):
+        cotangents = fill((None,) * len(present), present, tuple(given))
+        return _live.of(residuals[0]).pull(cotangents)
+    return torch_call.bind(*jax_private.vary([*primals, *given]), flat=_vjp(flat, primals, active, present))
+
+
+def _vjp(flat: TorchFlat, primals: Sequence[Any], active: Mask, present: Mask | None = None) -> TorchFlat:
+    """The transpose by recomputing. `present` is over the inexact outputs, all if None; a flat function counts every one."""
+    outs = flat.pure_outputs(tuple(map(aval_of, primals))).avals
+    here = iter(present or (True,) * len(outs))
+    vjp = flat.vjp(active, tuple(next(here) if _inexact(out) else False for out in outs))
+    assert isinstance(vjp, TorchFlat)
+    return vjp
+
+
+def _backward_jvp(primals: Any, tangents: Any, *, flat: TorchFlat, active: Mask, cut: Capture) -> Any:
+    outs = torch_backward.bind(*primals, flat=flat, active=active, cut=cut)
+    kept = len(cut.saved)
+    points, moved = primals[kept:], tangents[kept:]
+    again = tuple(type(t) is not _Zero for t in moved)
+    given = [t for t in moved if type(t) is not _Zero]
+    if not given:
+        return outs, [_Zero(jax.typeof(out).to_tangent_aval()) for out in outs]
+    return outs, _linear(_vjp(flat, points[: len(active)], active), outs, [], points, given, again, "recompute")
+
+
+# --- batching ---------------------------------------------------------------------------------------------------------
+
+
+def _size(args: Sequence[Any], dims: Sequence[Any]) -> int:
+    return int(next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None))
+
+
+def _in_front(args: Sequence[Any], dims: Sequence[Any]) -> list[Any]:
+    """The batch as the first axis of every operand."""
+    size = _size(args, dims)
+    return [
+        jax.numpy.broadcast_to(x, (size, *x.shape)) if d is None else jax.numpy.moveaxis(x, d, 0)
+        for x, d in zip(args, dims, strict=True)
+    ]
+
+
+def _call_vmap(args: Any, dims: Any, *, flat: TorchFlat) -> Any:
+    outs = torch_call.bind(*args, flat=flat.vmap(tuple(dims)))
+    return outs, [0] * len(outs)
+
+
+def _forward_vmap(args: Any, dims: Any, *, flat: TorchFlat, active: Mask, cut: Capture) -> Any:
+    batched, size = _in_front(args, dims), _size(args, dims)
+    outs = torch_forward.bind(
+        *batched, flat=flat.vmap((0,) * len(args)), active=active, cut=cut.vmap(size, _outputs(flat, args, dims))
+    )
+    return outs, [0] * len(outs)
+
+
+def _outputs(flat: TorchFlat, args: Sequence[Any], dims: Sequence[Any]) -> int:
+    """The number of inexact outputs of one example."""
+    example = [
+        Aval(tuple(n for i, n in enumerate(x.shape) if i != d), np.dtype(x.dtype))
+        for x, d in zip(args, dims, strict=True)
+    ]
+    return sum(map(_inexact, flat.outputs(tuple(example)).avals))
+
+
+def _linear_vmap(args: Any, dims: Any, *, flat: TorchFlat, active: Mask, source: Any) -> Any:
+    size = _size(args, dims)
+    residuals, primals, tangents = _split(_in_front(args, dims), active, source)
+    if isinstance(source, Capture):
+        point_dims = _split(dims, active, source)[1]
+        source = source.vmap(size, _outputs(flat, _split(args, active, source)[1], point_dims))
+    else:
+        residuals, source = [], "recompute"
+    batched = flat.vmap((0,) * len(active))
+    outs = torch_linear.bind(*residuals, *primals, *tangents, flat=batched, active=active, source=source)
+    return outs, [0] * len(outs)
+
+
+def _backward_vmap(args: Any, dims: Any, *, flat: TorchFlat, active: Mask, cut: Capture) -> Any:
+    size, kept = _size(args, dims), len(cut.saved)
+    points = slice(kept, kept + len(active))
+    outs = torch_backward.bind(
+        *_in_front(args, dims),
+        flat=flat.vmap((0,) * len(active)),
+        active=active,
+        cut=cut.vmap(size, _outputs(flat, args[points], dims[points])),
+    )
+    return outs, [0] * len(outs)
+
+
+# --- evaluation and lowering ------------------------------------------------------------------------------------------
+
+
+def _forward_run(*ins: Any, flat: TorchFlat, active: Mask, cut: Capture) -> list[jax.Array]:
+    del flat, active
+    return run(cut.forward, ins)[0]
+
+
+def _linear_run(*ins: Any, flat: TorchFlat, active: Mask, source: Any) -> list[jax.Array]:
+    _, primals, tangents = _split(ins, active, source)
+    before = torch.get_rng_state()
+    outs = run(flat.jvp(active), [*primals, *tangents])[0]
+    if not torch.equal(before, torch.get_rng_state()):
+        # The value came from another run, with other numbers.
+        raise _named_function(flat, UnsupportedError("forward-mode derivative of a function that draws random numbers"))
+    return outs
+
+
+def _backward_run(*ins: Any, flat: TorchFlat, active: Mask, cut: Capture) -> list[jax.Array]:
+    del flat
+    return run(cut.backward, _without_primals(ins, active, cut))[0]
+
+
+def _without_primals(ins: Sequence[Any], active: Mask, cut: Capture) -> list[Any]:
+    """The operands that the captured backward reads: the primals are there for higher orders alone."""
+    kept = len(cut.saved)
+    return [*ins[:kept], *ins[kept + len(active) :]]
+
+
+def _lowering(flat_of: Callable[..., TorchFlat], operands_of: Callable[..., Sequence[Any]], *, trusted: bool) -> Any:
+    """The rule by which a compiled program calls back: check what was declared, then emit one `buffer_callback`."""
+
+    def emit(*ins: Any, out_avals: Sequence[Aval], flat: TorchFlat, **params: Any) -> Any:
+        target = flat_of(flat=flat, **params)
+        structs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in out_avals]
+        body = callback(target, out_avals, trusted=trusted)
+        return buffer_callback(body, structs)(*operands_of(ins, **params))
+
+    def lower(context: Any, *ins: Any, flat: TorchFlat, **params: Any) -> Any:
+        if not flat.levels.jittable:
+            raise _named_function(flat, NotJittableError("compiled by JAX", hint="Stack @jittable"))
+        if jax_private.device_count(context) > 1:
+            _warn_gathered()
+        avals = tuple(Aval(tuple(a.shape), np.dtype(a.dtype)) for a in context.avals_out)
+        rule = mlir.lower_fun(lambda *xs: emit(*xs, out_avals=avals, flat=flat, **params), multiple_results=True)
+        return rule(context, *ins)
+
+    return lower
+
+
+def _named_function(flat: TorchFlat, error: Any) -> Any:
+    error.function = flat.name
+    return error
+
+
+def _register(primitive: Any, run_rule: Any, avals: Any, vmap: Any, lowering: Any) -> None:
+    primitive.def_impl(run_rule)
+    primitive.def_abstract_eval(avals)
+    batching.primitive_batchers[primitive] = vmap
+    mlir.register_lowering(primitive, lowering)
+
+
+_register(
+    torch_call,
+    lambda *ins, flat: _run(flat, ins),
+    _call_avals,
+    _call_vmap,
+    _lowering(lambda flat: flat, lambda ins: ins, trusted=False),
+)
+_register(
+    torch_forward,
+    _forward_run,
+    _forward_avals,
+    _forward_vmap,
+    _lowering(lambda flat, active, cut: cut.forward, lambda ins, active, cut: ins, trusted=True),
+)
+_register(
+    torch_linear,
+    _linear_run,
+    _linear_avals,
+    _linear_vmap,
+    _lowering(
+        lambda flat, active, source: flat.jvp(active),
+        lambda ins, active, source: [x for part in _split(ins, active, source)[1:] for x in part],
+        trusted=False,
+    ),
+)
+_register(
+    torch_backward,
+    _backward_run,
+    _backward_avals,
+    _backward_vmap,
+    _lowering(
+        lambda flat, active, cut: cut.backward,
+        lambda ins, active, cut: _without_primals(ins, active, cut),
+        trusted=True,
+    ),
+)
+ad.primitive_jvps[torch_call] = _call_jvp
+ad.primitive_jvps[torch_forward] = _forward_jvp
+ad.primitive_jvps[torch_linear] = _linear_jvp
+ad.primitive_jvps[torch_backward] = _backward_jvp
+ad.primitive_transposes[torch_linear] = _linear_transpose

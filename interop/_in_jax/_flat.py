@@ -1,0 +1,244 @@
+"""A flat torch function, run on arrays: eagerly, on the thread of the caller, or as a callback of a compiled program."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+
+from interop._abstract import Aval, Outputs, check_promise, infer_torch
+from interop._derive import Axes, Flat, Static, derive_vmap
+from interop._errors import AbstractEvalError, PrecisionError, UnsupportedError
+from interop._leaf import (
+    NUMPY_OF,
+    WIDE_FLOATS,
+    array_to_tensor,
+    describe,
+    jax_dtype,
+    narrow,
+    tensor_to_array,
+    x64_enabled,
+)
+from interop._private import torch as torch_private
+from interop._side import Leaf, Leaves
+
+# What `vmap` of torch says of an operation without a batching rule.
+_NO_BATCHING_RULE = ("Batching rule not implemented", "vmap: ")
+
+
+@dataclass(eq=False)
+class TorchFlat(Flat):
+    """A flat torch function.
+
+    Attributes:
+        origin: of a function over a batch, the function of one example: they share the structure of their outputs.
+    """
+
+    origin: TorchFlat | None = None
+
+    def outputs(self, avals: tuple[Aval, ...]) -> Outputs:
+        """What is known of the outputs for inputs of these avals, in the dtypes that JAX keeps."""
+        return self.memo(("outputs", avals, x64_enabled()), lambda: self._outputs(avals))
+
+    def _outputs(self, avals: tuple[Aval, ...]) -> Outputs:
+        promised: Callable[[Sequence[Aval]], Outputs] | None = self.levels.example_output
+        found = promised(avals) if promised else infer_torch(self, avals)
+        return replace(found, avals=tuple(Aval(aval.shape, _kept(aval)) for aval in found.avals))
+
+    def pure_outputs(self, avals: tuple[Aval, ...]) -> Outputs:
+        """The same, for a trace; raises for a function that draws random numbers, which a trace would repeat or merge."""
+        found = self.outputs(avals)
+        if found.random:
+            raise UnsupportedError(
+                "it draws random numbers, which is not supported under a trace yet",
+                hint="Draw them outside and pass them in, or call it eagerly",
+            )
+        return found
+
+    def vmap(self, in_axes: Axes) -> TorchFlat:
+        """The function over a batch: by `torch.func.vmap`, or by a loop where that was asked for or torch has no rule."""
+        return self.memo(("vmap", in_axes), lambda: self._vmapped(in_axes))
+
+    def _vmapped(self, in_axes: Axes) -> TorchFlat:
+        loop, by_rule = _loop(self, in_axes), derive_vmap(self, in_axes)
+
+        def fn(*leaves: Leaf) -> tuple[Leaves, Static]:
+            if self.levels.vmap == "sequential":
+                return loop(*leaves)
+            try:
+                return by_rule(*leaves)
+            except RuntimeError as error:
+                if not any(sign in str(error) for sign in _NO_BATCHING_RULE):
+                    raise
+                return loop(*leaves)
+
+        batched = self.derived("vmap", fn)
+        batched.origin = self.origin or self
+        return batched
+
+
+def _kept(aval: Aval) -> np.dtype[Any]:
+    """The dtype in which JAX keeps a result of this dtype."""
+    dtype = {v: k for k, v in NUMPY_OF.items()}[aval.dtype]
+    refuse_wide_float(dtype, aval)
+    return jax_dtype(dtype, x64=x64_enabled())
+
+
+def refuse_wide_float(dtype: torch.dtype, result: Any) -> None:
+    """Raise `PrecisionError` for a 64-bit float that JAX would narrow."""
+    if dtype in WIDE_FLOATS and not x64_enabled():
+        raise PrecisionError(
+            "the function returned a 64-bit float, and JAX keeps 32 bits",
+            got=describe(result),
+            hint="Return x.float(), or set jax.config.update('jax_enable_x64', True)",
+        )
+
+
+def _loop(flat: Flat, in_axes: Axes) -> Callable[..., tuple[Leaves, Static]]:
+    """The function called on one example after the other."""
+
+    def loop(*leaves: Leaf) -> tuple[Leaves, Static]:
+        size = next(leaf.shape[axis] for leaf, axis in zip(leaves, in_axes, strict=True) if axis is not None)
+        rows = []
+        for i in range(size):
+            example = [x if axis is None else x.select(axis, i) for x, axis in zip(leaves, in_axes, strict=True)]
+            outs, structure = flat.fn(*example)
+            rows.append((outs, structure))
+        if not rows:
+            raise AbstractEvalError("a loop over an empty batch has no outputs", hint="Use as_jax(vmap='auto')")
+        return tuple(torch.stack(column) for column in zip(*(outs for outs, _ in rows), strict=True)), rows[0][1]
+
+    return loop
+
+
+# --- eager ------------------------------------------------------------------------------------------------------------
+
+
+def run(flat: Flat, arrays: Sequence[jax.Array]) -> tuple[list[jax.Array], Static]:
+    """Run it on the values of arrays. It works on its own copy of them, and what it returns is copied out of its hands."""
+    with torch.no_grad():
+        outs, structure = flat.fn(*own(arrays))
+        if flat.levels.example_output is not None:
+            check_promise(outs, flat.levels.example_output(tuple(map(_aval, arrays))).avals, flat.name)
+        return [result_to_array(out) for out in outs], structure
+
+
+def own(arrays: Sequence[jax.Array]) -> list[torch.Tensor]:
+    """Tensors with the values of arrays, in memory that nobody else has: the function may write to it, and keep it."""
+    return [array_to_tensor(a).clone() for a in arrays]
+
+
+def result_to_array(t: torch.Tensor) -> jax.Array:
+    """A result as an array of its own: the tensor may be a parameter, a cache or a view that somebody else will write."""
+    x64 = x64_enabled()
+    refuse_wide_float(t.dtype, t)
+    t = t.detach()
+    if t.dtype in (torch.int64, torch.uint64) and not x64:
+        return tensor_to_array(narrow(t).contiguous(), x64=x64)
+    return tensor_to_array(t.clone(memory_format=torch.contiguous_format), x64=x64)
+
+
+def _aval(array: Any) -> Aval:
+    return Aval(tuple(array.shape), np.dtype(array.dtype))
+
+
+# --- callback ---------------------------------------------------------------------------------------------------------
+
+# A function of the user may be entered from several threads of a compiled program; torch modules are not made for that.
+_lock = threading.RLock()
+
+
+def callback(flat: Flat, avals: Sequence[Aval], *, trusted: bool) -> Callable[..., None]:
+    """The body of a `buffer_callback`. A trusted function is a graph of ours: it keeps and writes nothing."""
+    state = TorchState.now()
+
+    def body(_: Any, outs: Any, *buffers: Any) -> None:
+        with state, torch.no_grad():
+            ins = [export_buffer(b) for b in buffers]
+            if trusted:
+                results = flat.leaves(*ins)
+            else:
+                with _lock:
+                    results = flat.leaves(*[t.clone() for t in ins])
+            _write(results, outs, avals, flat.name)
+
+    return body
+
+
+def export_buffer(buffer: Any) -> torch.Tensor:
+    """A tensor over a buffer of a running program; valid until the callback returns."""
+    return torch_private.from_capsule(buffer.__dlpack__())
+
+
+def _write(results: Leaves, outs: Sequence[Any], avals: Sequence[Aval], name: str) -> None:
+    """Copy the results into the program's buffers, checked first: `copy_` would broadcast and cast in silence."""
+    wide = [narrow(r) if r.dtype in (torch.int64, torch.uint64) and a.dtype.itemsize == 4 else r
+            for r, a in zip(results, avals, strict=False)]  # fmt: skip
+    check_promise(wide if len(wide) == len(results) else results, avals, name)
+    for result, out in zip(wide, outs, strict=True):
+        export_buffer(out).copy_(result)
+
+
+@dataclass(frozen=True)
+class TorchState:
+    """What torch functions depend on beside their arguments, as it was where the program was made.
+
+    A callback runs on any thread, with that thread's modes, and with denormals flushed to zero.
+    """
+
+    autocast: bool
+    autocast_dtype: torch.dtype
+    default_dtype: torch.dtype
+
+    @staticmethod
+    def now() -> TorchState:
+        """The state of this thread."""
+        return TorchState(torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.get_default_dtype())
+
+    def __enter__(self) -> None:
+        _stacks.stack.append(self._entered())
+
+    def __exit__(self, *_: object) -> None:
+        _stacks.stack.pop().close()
+
+    def _entered(self) -> contextlib.ExitStack:
+        stack = contextlib.ExitStack()
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(mode=False))
+        if self != TorchState.now():
+            stack.enter_context(torch.autocast("cpu", dtype=self.autocast_dtype, enabled=self.autocast))
+            stack.enter_context(_default_dtype(self.default_dtype))
+        if _TINY * np.float32(1) == 0:
+            torch.set_flush_denormal(False)
+            stack.callback(torch.set_flush_denormal, True)
+        return stack
+
+
+class _Stacks(threading.local):
+    def __init__(self) -> None:
+        self.stack: list[contextlib.ExitStack] = []
+
+
+_stacks = _Stacks()
+_TINY = np.float32(1e-40)
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def inside_callback() -> bool:
+    """Whether this thread is inside a callback of a compiled program."""
+    return bool(_stacks.stack)

@@ -1,0 +1,75 @@
+"""Torch's own graph of one eager call, kept until JAX asks for the gradient.
+
+The graph is owned by an array of one element that travels as a residual: when JAX drops the array, the graph goes. As a
+parameter of an equation it would never go: JAX caches by parameters.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+
+from interop._derive import Mask, Static
+from interop._in_jax._flat import TorchFlat, result_to_array
+from interop._leaf import array_to_tensor
+from interop._side import TORCH
+
+_graphs: dict[int, Live] = {}
+_numbers = itertools.count()
+
+
+@dataclass
+class Live:
+    """Inputs and outputs of one call, with torch's graph between them."""
+
+    inputs: list[torch.Tensor]  # the active ones
+    outputs: list[torch.Tensor]  # the inexact ones
+
+    def pull(self, cotangents: Sequence[Any]) -> list[jax.Array]:
+        """The gradients of the active inputs, in JAX's complex convention; an absent cotangent is zero."""
+        pairs = [(o, _conj(array_to_tensor(c)))
+                 for o, c in zip(self.outputs, cotangents, strict=True) if c is not None and o.requires_grad]  # fmt: skip
+        grads: Sequence[Any] = (None,) * len(self.inputs)
+        if pairs:
+            grads = torch.autograd.grad(
+                [o for o, _ in pairs], self.inputs, [c for _, c in pairs], retain_graph=True, allow_unused=True
+            )
+        return [
+            result_to_array(torch.zeros_like(x) if g is None else _conj(g))
+            for g, x in zip(grads, self.inputs, strict=True)
+        ]
+
+
+def _conj(t: torch.Tensor) -> torch.Tensor:
+    return t.conj_physical() if t.is_complex() else t
+
+
+def forward(flat: TorchFlat, arrays: Sequence[jax.Array], active: Mask) -> tuple[list[jax.Array], Static, jax.Array]:
+    """Run it under autograd; returns its outputs, their structure, and the array that owns the graph."""
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        tensors = [array_to_tensor(a).requires_grad_(wanted) for a, wanted in zip(arrays, active, strict=True)]
+        # Nobody writes to the leaves, which share JAX's memory. What the function is given is a copy, and no leaf.
+        outs, structure = flat.fn(*[t.clone() for t in tensors])
+    inputs = [t for t in tensors if t.requires_grad]
+    live = Live(inputs, [out for out in outs if TORCH.is_inexact(out)])
+    return [result_to_array(out) for out in outs], structure, _handle(live)
+
+
+def _handle(live: Live) -> jax.Array:
+    number = next(_numbers)
+    handle = jax.device_put(np.array([number], np.int32))
+    _graphs[number] = live
+    weakref.finalize(handle, _graphs.pop, number, None)
+    return handle
+
+
+def of(handle: jax.Array) -> Live:
+    """The graph that this array owns."""
+    return _graphs[int(np.asarray(handle)[0])]
