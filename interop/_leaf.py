@@ -59,10 +59,10 @@ _NARROW = {
 _WIDE_INTS = {torch.int64: torch.int32, torch.uint64: torch.uint32}
 WIDE_FLOATS = frozenset({torch.float64, torch.complex128})
 
-# What numpy reads, and JAX keeps in any width.
-NUMPY_READS = frozenset(
+# What numpy reads, and JAX keeps in any width. A forked child empties it: every crossing then asks for a device.
+NUMPY_READS = {
     dtype for dtype, seen in NUMPY_OF.items() if seen.kind in "biufc" and seen.isbuiltin == 1 and seen not in _NARROW
-)
+}
 
 _SHORT = {"float": "f", "int": "i", "uint": "u", "complex": "c", "bfloat": "bf"}
 
@@ -113,6 +113,7 @@ def _after_fork() -> None:
     _forked = _forked or jax_private.backend_runs()
     if _forked:
         _DEVICES.clear()
+        NUMPY_READS.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork)
