@@ -21,6 +21,7 @@ from tqdm import tqdm
 from interop import as_jax, as_torch, differentiable, jittable
 
 EPOCHS, BATCH = 15, 64
+shuffle = np.random.default_rng(0)
 
 
 def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -84,7 +85,7 @@ def train_from_jax(images: np.ndarray, labels: np.ndarray) -> tuple[dict[str, ja
 
 def minibatches(images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[jax.Array, jax.Array]]:
     """Shuffled batches of one size, so that `jax.jit` compiles once."""
-    order = np.random.permutation(len(labels))
+    order = shuffle.permutation(len(labels))
     for i in range(0, len(order) - BATCH + 1, BATCH):
         chosen = order[i : i + BATCH]
         yield jnp.asarray(images[chosen]), jnp.asarray(labels[chosen])
@@ -198,7 +199,6 @@ def main() -> None:
     """Train both ways, and compare."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    np.random.seed(0)
     images, labels, held_images, held_labels = digits()
     x, y = images[:BATCH], labels[:BATCH]
     tx, ty = torch.from_numpy(x), torch.from_numpy(y)

@@ -15,7 +15,7 @@ import sys
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -362,7 +362,7 @@ class BoundCrossing(_Signed, wrapt.BoundFunctionWrapper):  # type: ignore[misc, 
 class Crossing(_Signed, wrapt.FunctionWrapper):  # type: ignore[misc, type-arg]
     """A function of one framework that is a native function of the other."""
 
-    __bound_function_wrapper__: ClassVar[type] = BoundCrossing
+    __bound_function_wrapper__ = BoundCrossing  # pyright: ignore[reportIncompatibleVariableOverride] - as wrapt has it
 
     def __init__(self, record: Record) -> None:
         super().__init__(record.fn, _unused)
@@ -426,7 +426,7 @@ _MAX_INSTANCES = 64
 class _Opened:
     """The entry of a method whose `self` is an argument like any other."""
 
-    def __init__(self, entry: Entry, instance: Any) -> None:
+    def __init__(self, entry: Any, instance: Any) -> None:
         self.entry = entry
         self.instance = instance
 

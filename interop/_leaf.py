@@ -12,6 +12,7 @@ import warnings
 from typing import Any
 
 import jax
+import jax.core
 import ml_dtypes
 import numpy as np
 import torch
@@ -57,6 +58,8 @@ _NARROW = {
     np.dtype(np.complex128): np.dtype(np.complex64),
 }
 _WIDE_INTS = {torch.int64: torch.int32, torch.uint64: torch.uint32}
+_config: Any = jax.config
+
 WIDE_FLOATS = frozenset({torch.float64, torch.complex128})
 
 # What numpy reads, and JAX keeps in any width. A forked child empties it: every crossing then asks for a device.
@@ -69,7 +72,7 @@ _SHORT = {"float": "f", "int": "i", "uint": "u", "complex": "c", "bfloat": "bf"}
 
 def x64_enabled() -> bool:
     """Whether JAX keeps 64 bits in this thread."""
-    return bool(jax.config.jax_enable_x64)
+    return bool(_config.jax_enable_x64)
 
 
 def jax_dtype(dtype: torch.dtype, *, x64: bool) -> np.dtype[Any]:
@@ -137,7 +140,7 @@ def _find_jax_device(device: torch.device) -> Any:
         raise DeviceError(f"tensors on a '{device.type}' device can't cross", hint="Move them to 'cpu' or 'cuda'")
     if device.type == "cpu":
         return jax.local_devices(backend="cpu")[0]
-    index = torch.cuda.current_device() if device.index is None else device.index
+    index = torch.cuda.current_device() if str(device) == "cuda" else device.index
     try:
         return next(d for d in jax.local_devices(backend="cuda") if d.local_hardware_id == index)
     except (RuntimeError, StopIteration):
@@ -285,7 +288,7 @@ def local(a: Any) -> jax.Array:
     if a.is_deleted():
         raise LeafError(f"the array {describe(a)} was deleted or donated")
     if len(a.sharding.device_set) > 1:
-        a = jax.device_put(a, min(a.sharding.device_set, key=lambda d: d.id))
+        a = jax.device_put(a, next(iter(sorted(a.sharding.device_set, key=str))))
     return a
 
 

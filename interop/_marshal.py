@@ -8,6 +8,7 @@ it) and kept in a bounded cache.
 from __future__ import annotations
 
 import collections
+import collections.abc
 import dataclasses
 import enum
 import functools
@@ -265,6 +266,7 @@ def _open_struct(x: Any) -> _Opened:
 def _open_registered(x: Any) -> _Opened:
     """One level of a pytree that JAX knows."""
     is_child: Callable[[Any], bool] = lambda y: y is not x  # noqa: E731
+    treedef: Any
     paths, treedef = jax.tree_util.tree_flatten_with_path(x, is_leaf=is_child)
     names = tuple(jax.tree_util.keystr(path) for path, _ in paths)
     return _Container(type(x), treedef, names, treedef.unflatten), [child for _, child in paths]
@@ -272,7 +274,8 @@ def _open_registered(x: Any) -> _Opened:
 
 def _open_dataclass(x: Any) -> _Opened:
     """A dataclass that is not registered, by its fields; its `__init__` may be its own, so that is not called."""
-    t, fields = type(x), tuple(f.name for f in dataclasses.fields(x) if hasattr(x, f.name))
+    t: Any = type(x)
+    fields = tuple(f.name for f in dataclasses.fields(x) if hasattr(x, f.name))
 
     def build(children: list[Any]) -> Any:
         new = t.__new__(t)

@@ -39,8 +39,11 @@ class Side:
         return self.name
 
 
+_func: Any = torch.func  # its results are typed as tuples of two or of three
+
+
 def _torch_vjp(fn: LeavesFn, *primals: Leaf) -> tuple[Leaves, Callable[[Leaves], Leaves]]:
-    outs, pull = torch.func.vjp(fn, *primals)
+    outs, pull = _func.vjp(fn, *primals)
 
     def pull_with_graph(cotangents: Leaves) -> Leaves:
         # Pulled under no_grad and then differentiated forward, det, solve and their kin give wrong numbers.
@@ -63,7 +66,7 @@ TORCH = Side(
     is_complex=torch.is_complex,
     conj=torch.conj_physical,
     zeros_like=torch.zeros_like,
-    jvp=torch.func.jvp,
+    jvp=_func.jvp,
     vjp=_torch_vjp,
     vmap=_torch_vmap,
 )

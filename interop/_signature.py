@@ -34,6 +34,9 @@ def signature_of(fn: Callable[..., Any]) -> inspect.Signature:
     return _ANY
 
 
+_STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+
+
 def compile_binder(
     signature: inspect.Signature, name: str
 ) -> tuple[Callable[..., tuple[tuple[Any, ...], dict[str, Any]]], tuple[str, ...]]:
@@ -57,7 +60,7 @@ def compile_binder(
         if p.default is not p.empty:
             namespace[f"_default{index}"] = p.default
             default = f"=_default{index}"
-        declared.append({p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "") + p.name + default)
+        declared.append(_STARS.get(p.kind, "") + p.name + default)
         if index + 1 == only:
             declared.append("/")
     first = "".join(f"{n}, " for n in positional) + (f"*{rest}, " if rest else "")

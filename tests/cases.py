@@ -54,7 +54,9 @@ class Case:
     @property
     def is_complex(self) -> bool:
         """Whether complex numbers come in or go out."""
-        return any(np.iscomplexobj(x) for x in [*self.leaves, *jax.tree.leaves(self.jax_fn(*self.args, **self.statics))])
+        return any(
+            np.iscomplexobj(x) for x in [*self.leaves, *jax.tree.leaves(self.jax_fn(*self.args, **self.statics))]
+        )
 
     @property
     def is_single(self) -> bool:

@@ -446,7 +446,9 @@ def test_methods() -> None:
     assert x.grad.item() == 36
 
 
-@pytest.mark.parametrize("owner", [Methods, Methods(1), Longer, Longer(1)], ids=["class", "instance", "subclass", "its instance"])
+@pytest.mark.parametrize(
+    "owner", [Methods, Methods(1), Longer, Longer(1)], ids=["class", "instance", "subclass", "its instance"]
+)
 def test_static_and_class_methods(owner: Any) -> None:
     x = torch.tensor(3.0)
     cls = owner if isinstance(owner, type) else type(owner)
@@ -557,7 +559,9 @@ def test_it_looks_like_the_function_in_host_types() -> None:
     assert parameters["n"].annotation is int
     assert parameters["n"].default == 3
     assert parameters["mask"].annotation == torch.Tensor | None
-    assert inspect.signature(documented, eval_str=True).return_annotation == tuple[torch.Tensor, dict[str, torch.Tensor]]
+    assert (
+        inspect.signature(documented, eval_str=True).return_annotation == tuple[torch.Tensor, dict[str, torch.Tensor]]
+    )
     assert typing.get_type_hints(documented_in_torch) == {"x": jax.Array, "n": int, "return": list[jax.Array]}
 
 

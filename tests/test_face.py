@@ -46,7 +46,9 @@ FACE = {
 def test_the_face_is_what_the_list_says() -> None:
     assert set(interop.__all__) == FACE
     assert len(interop.__all__) == len(FACE)
-    assert [name for name in dir(interop) if not name.startswith("_") and inspect.ismodule(getattr(interop, name))] == []
+    assert [
+        name for name in dir(interop) if not name.startswith("_") and inspect.ismodule(getattr(interop, name))
+    ] == []
     assert {name for name in dir(interop) if not name.startswith("_")} == FACE
 
 
@@ -173,7 +175,9 @@ def _dotted(file: Path) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
 
 
-@pytest.mark.parametrize("file", [f for f in _files() if _unit(f) != "_private"], ids=lambda f: str(f.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "file", [f for f in _files() if _unit(f) != "_private"], ids=lambda f: str(f.relative_to(PACKAGE))
+)
 def test_private_interfaces_have_one_home(file: Path) -> None:
     """`_private/`, one file for each framework."""
     assert [name for name in _dotted(file) if name.startswith(PRIVATE)] == []

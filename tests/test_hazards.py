@@ -185,7 +185,9 @@ def test_two_results_over_one_argument() -> None:
 STALE = RuntimeError  # torch's "modified by an inplace operation"
 
 
-@pytest.mark.parametrize("fn", [lambda q: q * q, lambda q: jnp.exp(q), lambda q: q @ q], ids=["square", "exp", "product"])
+@pytest.mark.parametrize(
+    "fn", [lambda q: q * q, lambda q: jnp.exp(q), lambda q: q @ q], ids=["square", "exp", "product"]
+)
 def test_an_input_written_before_the_backward(fn: Callable[..., Any]) -> None:
     """The gradient is the one of the forward, or torch's own error; never one of the new values."""
     x = torch.full((4,), 3.0, requires_grad=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.fx
+import torch.utils._pytree as torch_pytree
 
 from interop._abstract import Aval
 from interop._derive import NOTHING, Levels, Mask, Static
@@ -64,7 +65,7 @@ class Capture:
 
 
 def capture(flat: TorchFlat, avals: tuple[Aval, ...], active: Mask) -> Capture | None:
-    """The captured gradient with respect to the active inputs; None where it can't be captured, and has to be recomputed."""
+    """The captured gradient with respect to the active inputs; None where it has to be recomputed."""
     found: list[Capture | None] = flat.memo(
         ("capture", avals, active, x64_enabled()), lambda: [_try_capture(flat, avals, active)]
     )
@@ -129,7 +130,7 @@ class _Cut:
         places = [node for node in nodes if node.op == "placeholder"]
         self.primals, self.cotangents = places[:inputs], places[inputs:]
         results = list(next(node for node in nodes if node.op == "output").args[0])
-        flattened, _ = torch.utils._pytree.tree_flatten(results, is_leaf=lambda x: x is None)
+        flattened, _ = torch_pytree.tree_flatten(results, is_leaf=lambda x: x is None)
         self.outs, self.grads = flattened[:outputs], flattened[outputs:]
         self.forward_nodes = self._ancestors(self.outs)
         self.backward_nodes = self._ancestors(self.grads) - self.forward_nodes

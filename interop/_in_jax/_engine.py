@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
+import jax.core
 import numpy as np
 import torch
 from jax.experimental.buffer_callback import buffer_callback
@@ -248,12 +249,10 @@ def _transposed(
 
 
 def _vjp(flat: TorchFlat, primals: Sequence[Any], active: Mask, present: Mask | None = None) -> TorchFlat:
-    """The transpose by recomputing. `present` is over the inexact outputs, all if None; a flat function counts every one."""
+    """The transpose by recomputing. `present` is over the inexact outputs, all of them if None."""
     outs = flat.pure_outputs(tuple(map(aval_of, primals))).avals
     here = iter(present or (True,) * len(outs))
-    vjp = flat.vjp(active, tuple(next(here) if _inexact(out) else False for out in outs))
-    assert isinstance(vjp, TorchFlat)
-    return vjp
+    return flat.vjp(active, tuple(next(here) if _inexact(out) else False for out in outs))
 
 
 def _backward_jvp(primals: Any, tangents: Any, *, flat: TorchFlat, active: Mask, cut: Capture) -> Any:
@@ -404,7 +403,7 @@ _register(
     _forward_run,
     _forward_avals,
     _forward_vmap,
-    _lowering(lambda flat, active, cut: cut.forward, lambda ins, active, cut: ins, trusted=True),
+    _lowering(lambda cut, **_: cut.forward, lambda ins, **_: ins, trusted=True),
 )
 _register(
     torch_linear,
@@ -412,7 +411,7 @@ _register(
     _linear_avals,
     _linear_vmap,
     _lowering(
-        lambda flat, active, source: flat.jvp(active),
+        lambda flat, active, **_: flat.jvp(active),
         lambda ins, active, source: [x for part in _split(ins, active, source)[1:] for x in part],
         trusted=False,
     ),
@@ -423,8 +422,8 @@ _register(
     _backward_avals,
     _backward_vmap,
     _lowering(
-        lambda flat, active, cut: cut.backward,
-        lambda ins, active, cut: _without_primals(ins, active, cut),
+        lambda cut, **_: cut.backward,
+        _without_primals,
         trusted=True,
     ),
 )

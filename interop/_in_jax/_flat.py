@@ -1,10 +1,10 @@
-"""A flat torch function, run on arrays: eagerly, on the thread of the caller, or as a callback of a compiled program."""
+"""A flat torch function, run on arrays: eagerly on the caller's thread, or as a callback of a compiled program."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,7 +52,7 @@ class TorchFlat(Flat):
         return replace(found, avals=tuple(Aval(aval.shape, _kept(aval)) for aval in found.avals))
 
     def pure_outputs(self, avals: tuple[Aval, ...]) -> Outputs:
-        """The same, for a trace; raises for a function that draws random numbers, which a trace would repeat or merge."""
+        """The same, for a trace; raises for a function that draws random numbers: a trace would merge them."""
         found = self.outputs(avals)
         if found.random:
             raise UnsupportedError(
@@ -62,7 +62,7 @@ class TorchFlat(Flat):
         return found
 
     def vmap(self, in_axes: Axes) -> TorchFlat:
-        """The function over a batch: by `torch.func.vmap`, or by a loop where that was asked for or torch has no rule."""
+        """The function over a batch: by `torch.func.vmap`, or by a loop where asked for, or torch has no rule."""
         return self.memo(("vmap", in_axes), lambda: self._vmapped(in_axes))
 
     def _vmapped(self, in_axes: Axes) -> TorchFlat:
@@ -121,7 +121,7 @@ def _loop(flat: Flat, in_axes: Axes) -> Callable[..., tuple[Leaves, Static]]:
 
 
 def run(flat: Flat, arrays: Sequence[jax.Array]) -> tuple[list[jax.Array], Static]:
-    """Run it on the values of arrays. It works on its own copy of them, and what it returns is copied out of its hands."""
+    """Run it on the values of arrays. It works on its own copy of them, and its results are copied out of its hands."""
     with torch.no_grad():
         outs, structure = flat.fn(*own(arrays))
         if flat.levels.example_output is not None:
@@ -135,7 +135,7 @@ def own(arrays: Sequence[jax.Array]) -> list[torch.Tensor]:
 
 
 def result_to_array(t: torch.Tensor) -> jax.Array:
-    """A result as an array of its own: the tensor may be a parameter, a cache or a view that somebody else will write."""
+    """A result as an array of its own: the tensor may be a parameter, a cache or a view, that somebody will write to."""
     x64 = x64_enabled()
     refuse_wide_float(t.dtype, t)
     t = t.detach()
@@ -230,7 +230,7 @@ _TINY = np.float32(1e-40)
 
 
 @contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def _default_dtype(dtype: torch.dtype) -> Generator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

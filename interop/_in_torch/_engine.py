@@ -349,13 +349,15 @@ class _Transformed(torch.autograd.Function):
         return None, *fill((None,) * len(need), need, tuple(grads))
 
     @staticmethod
-    def jvp(ctx: Any, _flat: None, *tangents: Any) -> tuple[Any, ...]:
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
+        tangents = tangents[1:]  # the first would be that of the flat function
         nonzero = tuple(t is not None for t in tangents)
         check_differentiable(ctx.flat, nonzero)
         outs, _ = call(ctx.flat.jvp(nonzero), [*ctx.saved_tensors, *(t for t in tangents if t is not None)])
         return fill((None,) * len(ctx.inexact), ctx.inexact, tuple(outs))
 
     @staticmethod
-    def vmap(_info: Any, in_dims: tuple[Any, ...], flat: JaxFlat, *xs: torch.Tensor) -> tuple[Any, Any]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:  # noqa: ARG004 - torch's name for it
+        flat, *xs = inputs
         outs = _Transformed.apply(flat.vmap(tuple(in_dims[1:])), *xs)
         return outs, (0,) * len(outs)

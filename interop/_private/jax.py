@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 from jax.extend.core import Primitive
 
 from interop._private import PUBLIC_ONLY
@@ -13,17 +14,13 @@ from interop._private import PUBLIC_ONLY
 _jax: Any = None
 _xla_bridge: Any = None
 _lax: Any = None
-_core: Any = None
-_dispatch: Any = None
 if not PUBLIC_ONLY:
     try:
-        from jax._src import core as _core
-        from jax._src import dispatch as _dispatch
         from jax._src import xla_bridge as _xla_bridge
         from jax._src.lax import lax as _lax
-        from jaxlib import _jax
+        from jaxlib import _jax  # pyright: ignore[reportAttributeAccessIssue] - an extension module without stubs
     except ImportError:  # a jax that moved them: every fallback below is public
-        _jax = _xla_bridge = _lax = _core = _dispatch = None
+        _jax = _xla_bridge = _lax = None
 
 
 def _public_import(tensor: Any, _capsule_of: Callable[[Any], Any], device: Any) -> jax.Array:
@@ -35,14 +32,14 @@ def _private_import(tensor: Any, capsule_of: Callable[[Any], Any], device: Any) 
 
 
 # A tensor as an array over the same memory: 2.6 us, against 50 us through the public protocol.
-_import_capsule = getattr(_jax, "dlpack_managed_tensor_to_buffer", None)
+_import_capsule: Any = getattr(_jax, "dlpack_managed_tensor_to_buffer", None)
 import_tensor: Callable[[Any, Callable[[Any], Any], Any], jax.Array] = (
     _private_import if _import_capsule else _public_import
 )
 
 
 # The DLPack capsule of an array, waiting until its value is there: 0.4 us, against 3.6 us of `__dlpack__`.
-_export_capsule = getattr(_jax, "buffer_to_dlpack_managed_tensor", None)
+_export_capsule: Any = getattr(_jax, "buffer_to_dlpack_managed_tensor", None)
 
 
 def _private_capsule(array: jax.Array) -> Any:

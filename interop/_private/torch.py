@@ -108,8 +108,9 @@ def nonstrict_trace(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Opaque to Dynamo, traced by AOTAutograd; the public fallback does it for flat arguments."""
     import torch._dynamo as dynamo  # noqa: PLC0415 - costs 0.75 s; only who compiles pays
 
-    trace = None if PUBLIC_ONLY else getattr(dynamo, "nonstrict_trace", None)
-    return (trace or torch.compiler.allow_in_graph)(fn)
+    trace: Any = None if PUBLIC_ONLY else getattr(dynamo, "nonstrict_trace", None)
+    traced: Callable[..., Any] = (trace or torch.compiler.allow_in_graph)(fn)
+    return traced
 
 
 # --- containers -------------------------------------------------------------------------------------------------------

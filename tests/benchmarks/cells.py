@@ -1,0 +1,336 @@
+"""The cells of the table: what is measured, against what, and how much more it may take."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import floors
+import jax
+import jax.numpy as jnp
+import torch
+from harness import Row, count, extra, ratios
+from torch import nn
+
+from interop import as_jax, as_torch, differentiable, jax_to_torch, jittable, torch_to_jax
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+
+Cell = Callable[[], list[Row]]
+CELLS: dict[str, Cell] = {}
+
+
+def cell(name: str) -> Callable[[Callable[[str], list[Row]]], Cell]:
+    """Register a function of the cell's name under that name."""
+
+    def register(measure: Callable[[str], list[Row]]) -> Cell:
+        CELLS[name] = lambda: measure(name)
+        return CELLS[name]
+
+    return register
+
+
+# --- the function that small calls are measured with ------------------------------------------------------------------
+
+
+def energy_in_jax(x: jax.Array, w: jax.Array) -> jax.Array:
+    """So little arithmetic that the crossing is what takes the time."""
+    return (jnp.tanh(x @ w) ** 2).sum()
+
+
+def energy_in_torch(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """The same in torch."""
+    return (torch.tanh(x @ w) ** 2).sum()
+
+
+X, W = torch.randn(4, 3), torch.randn(3, 5)
+X_JAX, W_JAX = torch_to_jax((X, W), copy=True)
+
+
+# --- a JAX function in torch ------------------------------------------------------------------------------------------
+
+
+@cell("as_torch call, no grad")
+def as_torch_call(name: str) -> list[Row]:
+    """Values alone."""
+    ours, floor = as_torch(energy_in_jax), floors.jax_call(energy_in_jax)
+    contestants = {"ours": lambda: ours(X, W), "floor": lambda: floor(X, W)}
+    return ratios(name, contestants, {"floor": 1.2})
+
+
+@cell("as_torch forward + backward")
+def as_torch_gradient(name: str) -> list[Row]:
+    """A gradient of two small arguments."""
+    x, w = X.clone().requires_grad_(), W.clone().requires_grad_()
+    ours, floor = differentiable(as_torch(energy_in_jax)), floors.jax_gradient(energy_in_jax)
+    contestants = {
+        "ours": lambda: torch.autograd.grad(ours(x, w), (x, w)),
+        "floor": lambda: floor(X, W),
+        "pure torch": lambda: torch.autograd.grad(energy_in_torch(x, w), (x, w)),
+    }
+    return ratios(name, contestants, {"floor": 1.9, "pure torch": 1.6})
+
+
+@cell("as_torch forward + backward, 20-leaf dict")
+def as_torch_tree(name: str) -> list[Row]:
+    """A gradient of the weights and biases of ten layers."""
+    params = {
+        f"{kind}{i}": torch.randn(*shape) / 8 for i in range(10) for kind, shape in (("w", (64, 64)), ("b", (64,)))
+    }
+    params = {key: p.requires_grad_() for key, p in params.items()}
+    leaves, detached, x = list(params.values()), [p.detach() for p in params.values()], torch.randn(16, 64)
+
+    def dense(tanh: Any) -> Callable[[Any, Any], Any]:
+        def network(params: Any, x: Any) -> Any:
+            for i in range(10):
+                x = tanh(x @ params[f"w{i}"] + params[f"b{i}"])
+            return (x**2).sum()
+
+        return network
+
+    ours = differentiable(as_torch(dense(jnp.tanh)))
+    floor = floors.jax_gradient(lambda x, *leaves: dense(jnp.tanh)(dict(zip(params, leaves, strict=True)), x))
+    pure = dense(torch.tanh)
+    contestants = {
+        "ours": lambda: torch.autograd.grad(ours(params, x), leaves),
+        "floor": lambda: floor(x, *detached),
+        "pure torch": lambda: torch.autograd.grad(pure(params, x), leaves),
+    }
+    return ratios(name, contestants, {"floor": 1.25, "pure torch": 1.3})
+
+
+@cell("torch.func.vmap of as_torch")
+def as_torch_vmap(name: str) -> list[Row]:
+    """A batch by torch's transform, against the batched function called directly."""
+    xs = torch.randn(32, 4, 3)
+    ours = torch.func.vmap(as_torch(energy_in_jax), in_dims=(0, None))
+    direct = as_torch(jax.vmap(energy_in_jax, in_axes=(0, None)))
+    return ratios(
+        name, {"ours": lambda: ours(xs, W), "called directly": lambda: direct(xs, W)}, {"called directly": 3.0}
+    )
+
+
+# --- a torch function in JAX ------------------------------------------------------------------------------------------
+
+
+@cell("as_jax eager call")
+def as_jax_call(name: str) -> list[Row]:
+    """Values alone."""
+    ours, floor = as_jax(energy_in_torch), floors.torch_call(energy_in_torch)
+    return ratios(name, {"ours": lambda: ours(X_JAX, W_JAX), "floor": lambda: floor(X_JAX, W_JAX)}, {"floor": 1.2})
+
+
+@cell("as_jax under jit")
+def as_jax_jit(name: str) -> list[Row]:
+    """In a compiled program."""
+    ours = jax.jit(jittable(as_jax(energy_in_torch)))
+    floor = floors.torch_callback(energy_in_torch, jax.ShapeDtypeStruct((), jnp.float32))
+    contestants = {
+        "ours": lambda: ours(X_JAX, W_JAX).block_until_ready(),
+        "bare buffer_callback": lambda: floor(X_JAX, W_JAX).block_until_ready(),
+    }
+    return ratios(name, contestants, {"bare buffer_callback": 1.15})
+
+
+class Residual(nn.Module):
+    """Two convolutions around a shortcut."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The input and what the convolutions make of it."""
+        return torch.relu(x + self.second(torch.relu(self.first(x))))
+
+
+def network_rows(name: str, net: nn.Module, x: torch.Tensor, limit: float) -> list[Row]:
+    """The compiled gradient of a module in its parameters, against the module's own in torch."""
+    params, own = torch_to_jax((dict(net.named_parameters()), x), copy=True), list(net.parameters())
+
+    @jittable
+    @differentiable
+    @as_jax
+    def loss(params: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return (torch.func.functional_call(net, params, (x,)) ** 2).mean()
+
+    ours = jax.jit(jax.grad(loss))
+    contestants = {
+        "ours": lambda: jax.block_until_ready(ours(*params)),
+        "pure torch": lambda: torch.autograd.grad((net(x) ** 2).mean(), own),
+    }
+    return ratios(name, contestants, {"pure torch": limit})
+
+
+@cell("as_jax jit gradient, MLP")
+def as_jax_mlp(name: str) -> list[Row]:
+    """Three dense layers."""
+    layers = [nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 10)]
+    return network_rows(name, nn.Sequential(*layers), torch.randn(32, 64), 1.2)
+
+
+@cell("as_jax jit gradient, ResNet")
+def as_jax_resnet(name: str) -> list[Row]:
+    """Three residual blocks."""
+    blocks = [Residual(16) for _ in range(3)]
+    return network_rows(name, nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), *blocks), torch.randn(8, 3, 16, 16), 1.2)
+
+
+@cell("as_jax jit gradient, transformer")
+def as_jax_transformer(name: str) -> list[Row]:
+    """Two layers of attention."""
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+    net = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    return network_rows(name, net, torch.randn(8, 16, 32), 1.2)
+
+
+class LastOutput(nn.Module):
+    """What an LSTM says at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(16, 32, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The output of the last step."""
+        return self.lstm(x)[0][:, -1]
+
+
+@cell("as_jax jit gradient, LSTM")
+def as_jax_lstm(name: str) -> list[Row]:
+    """A recurrent layer."""
+    return network_rows(name, LastOutput(), torch.randn(8, 12, 16), 2.0)
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+@cell("conversion, 64 MB against 4 kB")
+def conversion(name: str) -> list[Row]:
+    """No byte is copied, so the size does not matter."""
+    small, large = torch.randn(1024), torch.randn(16 * 2**20)
+    rows = []
+    for direction, convert, values in (
+        ("to JAX", torch_to_jax, (small, large)),
+        ("to torch", jax_to_torch, torch_to_jax((small, large), copy=True)),
+    ):
+        contestants = {"ours": _converting(convert, values[1]), "4 kB": _converting(convert, values[0])}
+        rows += ratios(f"{name}, {direction}", contestants, {"4 kB": 1.15})
+    return rows
+
+
+def _converting(convert: Callable[[Any], Any], value: Any) -> Callable[[], Any]:
+    return lambda: convert(value)
+
+
+@cell("leaves in a dict, per leaf")
+def leaves(name: str) -> list[Row]:
+    """Linear in their number."""
+    rows = []
+    for n in (1, 10, 100, 1000):
+        params = {f"p{i}": torch.randn(3) for i in range(n)}
+        rows += ratios(f"{name}, {n} leaves", _with_leaves(params), {"floor": 1.2}, per=n)
+    return rows
+
+
+def _with_leaves(params: dict[str, torch.Tensor]) -> dict[str, Callable[[], Any]]:
+    def doubled(tensors: Sequence[Any]) -> list[Any]:
+        return [2 * t for t in tensors]
+
+    ours = as_torch(lambda params: dict(zip(params, doubled(params.values()), strict=True)))
+    jitted = jax.jit(doubled)
+
+    def floor() -> dict[str, torch.Tensor]:
+        outs = jitted([floors.to_jax(t) for t in params.values()])
+        return dict(zip(params, map(floors.to_torch, outs), strict=True))
+
+    return {"ours": lambda: ours(params), "floor": floor}
+
+
+# --- once per process, or per function --------------------------------------------------------------------------------
+
+
+@cell("import interop")
+def importing(name: str) -> list[Row]:
+    """On top of the frameworks."""
+    timed = "import time; start = time.perf_counter(); import torch, jax{}; print(time.perf_counter() - start)"
+    return extra(name, timed.format(", interop"), timed.format(""), 0.05)
+
+
+FIRST_CALL = """
+    import time, torch, jax, jax.numpy as jnp
+    from interop import as_jax, as_torch, differentiable, jittable
+    x = torch.randn(3) if {torch} else jnp.ones(3)
+    jax.jit(lambda x: x + 1)(jnp.ones(3)).block_until_ready()  # the backend runs
+    {before}
+    start = time.perf_counter()
+    {call}
+    print(time.perf_counter() - start)
+"""
+
+
+def first(call: str, *, host_is_torch: bool, before: str = "pass") -> str:
+    """A program that times a first call."""
+    return textwrap.dedent(FIRST_CALL).format(call=call, torch=host_is_torch, before=before)
+
+
+@cell("first as_torch call")
+def first_call(name: str) -> list[Row]:
+    """Against `jax.jit` of the same function."""
+    ours = first("as_torch(lambda x: jnp.sin(x) * 2)(x)", host_is_torch=True)
+    return extra(
+        name, ours, first("jax.jit(lambda x: jnp.sin(x) * 2)(x).block_until_ready()", host_is_torch=False), 0.05
+    )
+
+
+@cell("first as_jax jit gradient")
+def first_gradient(name: str) -> list[Row]:
+    """Against `jax.jit`, with torch's tracer loaded; against `torch.compile`, which has to load it too."""
+    torch_fn = "lambda x: (torch.sin(x) * 2).sum()"
+    ours = f"jax.block_until_ready(jax.jit(jax.grad(jittable(differentiable(as_jax({torch_fn})))))(x))"
+    jitted = "jax.block_until_ready(jax.jit(jax.grad(lambda x: (jnp.sin(x) * 2).sum()))(x))"
+    compiled = f"torch.compile({torch_fn}, backend='aot_eager')(x.requires_grad_()).backward()"
+    tracer = "import torch._dynamo, torch.fx.experimental.proxy_tensor, torch._functorch.aot_autograd"
+    return [
+        *extra(
+            f"{name}, tracer loaded",
+            first(ours, host_is_torch=False, before=tracer),
+            first(jitted, host_is_torch=False, before=tracer),
+            0.3,
+            rounds=5,
+        ),
+        *extra(
+            f"{name}, not loaded",
+            first(ours, host_is_torch=False),
+            first(compiled, host_is_torch=True),
+            0.0,
+            rounds=5,
+        ),
+    ]
+
+
+@cell("retraces of as_torch")
+def retraces(name: str) -> list[Row]:
+    """How often the function is traced."""
+    traced: list[int] = []
+
+    @as_torch
+    def fn(x: jax.Array, scale: float) -> jax.Array:
+        traced.append(1)
+        return x * scale
+
+    def traces(*calls: tuple[torch.Tensor, float]) -> int:
+        before = len(traced)
+        for arguments in calls:
+            fn(*arguments)
+        return len(traced) - before
+
+    return [
+        count(name, "for a first call", traces((torch.ones(3), 1.0)), 1),
+        count(name, "for the same shapes", traces(*[(torch.zeros(3), 1.0)] * 10), 0),
+        count(name, "for ten other floats", traces(*[(torch.zeros(3), 1.5 + i) for i in range(10)]), 0),
+        count(name, "for a new shape", traces(*[(torch.zeros(4), 1.0)] * 10), 1),
+    ]
