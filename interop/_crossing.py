@@ -37,8 +37,9 @@ from interop._leaf import (
     x64_enabled,
 )
 from interop._marshal import Kind, Marshaller, Spec, Tree, flatten
+from interop._module import ModuleFunction
 from interop._side import JAX, TORCH, Leaf, Leaves, Side
-from interop._signature import translate_signature
+from interop._signature import signature_of, translate_signature
 
 # What JAX raises when a trace needs the value of a number.
 _NEEDS_VALUE = (
@@ -75,6 +76,12 @@ class Record:
             fn = fn.func
         return getattr(fn, "__name__", None) or type(fn).__name__
 
+    @functools.cached_property
+    def function(self) -> Callable[..., Any]:
+        """The function that a call runs: a torch module is one of its parameters."""
+        is_module = self.host is JAX and isinstance(self.fn, torch.nn.Module)
+        return ModuleFunction(self.fn) if is_module else self.fn
+
     @property
     def guest(self) -> Side:
         """The framework that the function is written in."""
@@ -90,7 +97,7 @@ class Entry:
     def __init__(self, record: Record) -> None:
         self.record = record
         self.host: Side = record.host or TORCH
-        self.marshaller = Marshaller(record.fn, name=record.name, static_argnames=record.static_argnames)
+        self.marshaller = Marshaller(record.function, name=record.name, static_argnames=record.static_argnames)
         self.flatten_call = self.marshaller.flatten_call
         self.engine_call: Any = (_in_torch if self.host is TORCH else _in_jax).call
         # In JAX a Python number is data of the call, given as it is. In torch it is dynamic until a trace needs its
@@ -126,8 +133,9 @@ class Entry:
         flat = spec.memo.get("flat") or spec.memo.setdefault("flat", self._flat(spec))
         try:
             return self.engine_call(flat, leaves)
-        except _NEEDS_VALUE:
-            pass
+        except (TypeError, *_NEEDS_VALUE) as error:
+            if not _needs_value(error):
+                raise
         result = self._call_baked(leaves, spec)
         self.bakes_numbers = True  # remembered because it helped: any other error is the user's
         return result
@@ -154,14 +162,14 @@ class Entry:
 
     def _flat(self, spec: Spec, numbers: tuple[Any, ...] | None = None, impls: tuple[str | None, ...] = ()) -> Flat:
         """The function of one structure of call, as a flat function of its dynamic leaves."""
-        record, guest = self.record, self.record.guest
+        record, guest, function = self.record, self.record.guest, self.record.function
         dynamic = [i for i, kind in enumerate(spec.kinds) if numbers is None or kind is not Kind.NUMBER]
         promised = None if record.example_output is None else _promise(record, spec, numbers)
 
         def fn(*leaves: Leaf) -> tuple[Leaves, Static]:
             every = leaves if numbers is None else _merged(spec.kinds, leaves, numbers)
             args, kwargs = spec.unflatten(_keys_wrapped(every, impls))
-            outs, tree = flatten(record.fn(*args, **kwargs), numbers_static=True)
+            outs, tree = flatten(function(*args, **kwargs), numbers_static=True)
             return tuple(
                 _result(guest, out, kind, tree, i) for i, (out, kind) in enumerate(zip(outs, tree.kinds, strict=True))
             ), Static(tree)
@@ -170,6 +178,11 @@ class Entry:
         nondiff = tuple(spec.argnames[i] in record.nondiff_argnames for i in dynamic) if record.nondiff_argnames else ()
         kind: Any = _in_torch.JaxFlat if guest is JAX else _in_jax.TorchFlat
         return kind(guest, fn, record.name, levels, nondiff, lambda i: spec.path(dynamic[i]))
+
+
+def _needs_value(error: Exception) -> bool:
+    """Whether a trace failed for the want of a number's value: a shape, a branch, a member of a set."""
+    return isinstance(error, _NEEDS_VALUE) or "Tracer" in str(error) or "concrete" in str(error)
 
 
 class _CallKind(enum.Enum):
@@ -331,13 +344,10 @@ class _Signed(_Identity):
     @property
     def __signature__(self) -> inspect.Signature:
         record = _record_of(self)
-        shown = record.signature if record.signature is not None else record.fn
-        signature = inspect.signature(shown)
-        return (
-            signature
-            if record.host is None or record.signature is not None
-            else translate_signature(signature, record.host)
-        )
+        if record.signature is not None:
+            return inspect.signature(record.signature)
+        signature = signature_of(record.function)
+        return translate_signature(signature, record.host) if record.host else signature
 
     @property
     def __annotations__(self) -> dict[str, Any]:  # type: ignore[override]
@@ -355,6 +365,8 @@ class BoundCrossing(_Signed, wrapt.BoundFunctionWrapper):  # type: ignore[misc, 
         instance = self._self_instance
         if instance is None and args:
             instance, args = args[0], args[1:]
+        if torch.compiler.is_dynamo_compiling():
+            return self._self_parent._self_method(instance, *args, **kwargs)
         bound = self._self_parent._self_bound(instance)
         return self.__wrapped__(*args, **kwargs) if bound is None else bound(args, kwargs)
 

@@ -261,7 +261,8 @@ def share_tensor(t: torch.Tensor, *, copy: bool = False) -> jax.Array:
 
 def _compact(t: torch.Tensor) -> torch.Tensor:
     """The tensor itself if some order of its axes is contiguous (JAX keeps that order as a layout), else a copy."""
-    axes = sorted(range(t.dim()), key=lambda i: (t.shape[i] == 1, -t.stride(i)))
+    strides = t.stride()
+    axes = sorted(range(t.dim()), key=lambda i: (t.shape[i] == 1, -strides[i]))
     return t if t.numel() == 0 or t.permute(axes).is_contiguous() else t.contiguous()
 
 
@@ -284,6 +285,7 @@ def local(a: Any) -> jax.Array:
     """The array on one device, checked to be one that torch can hold."""
     if isinstance(a, jax.core.Tracer):
         raise LeafError(f"a tracer ({describe(a)}) has no values to share", hint="Stack @jittable and @as_jax")
+    a = a if isinstance(a, jax.Array) else jax.numpy.asarray(a)  # JAX's rules meet Python numbers too
     torch_dtype(a.dtype)
     if a.is_deleted():
         raise LeafError(f"the array {describe(a)} was deleted or donated")

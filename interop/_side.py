@@ -38,6 +38,9 @@ class Side:
     def __repr__(self) -> str:
         return self.name
 
+    def __reduce__(self) -> str:
+        return self.name.upper()  # there are two: pickled by name
+
 
 _func: Any = torch.func  # its results are typed as tuples of two or of three
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
@@ -28,8 +29,7 @@ from interop._leaf import (
 from interop._private import torch as torch_private
 from interop._side import Leaf, Leaves
 
-# What `vmap` of torch says of an operation without a batching rule.
-_NO_BATCHING_RULE = ("Batching rule not implemented", "vmap: ")
+_log = logging.getLogger("interop")
 
 
 @dataclass(eq=False)
@@ -73,9 +73,10 @@ class TorchFlat(Flat):
                 return loop(*leaves)
             try:
                 return by_rule(*leaves)
-            except RuntimeError as error:
-                if not any(sign in str(error) for sign in _NO_BATCHING_RULE):
-                    raise
+            except (
+                RuntimeError
+            ) as error:  # torch has no rule, or the function looks at values; else the loop raises too
+                _log.debug("%s: batched by a loop (%s)", self.name, error)
                 return loop(*leaves)
 
         batched = self.derived("vmap", fn)
@@ -121,7 +122,7 @@ def _loop(flat: Flat, in_axes: Axes) -> Callable[..., tuple[Leaves, Static]]:
 
 
 def run(flat: Flat, arrays: Sequence[jax.Array]) -> tuple[list[jax.Array], Static]:
-    """Run it on the values of arrays. It works on its own copy of them, and its results are copied out of its hands."""
+    """Run it on the values of arrays. It works on its own copy of them, and its results are copied out of it."""
     with torch.no_grad():
         outs, structure = flat.fn(*own(arrays))
         if flat.levels.example_output is not None:

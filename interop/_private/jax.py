@@ -18,7 +18,7 @@ if not PUBLIC_ONLY:
     try:
         from jax._src import xla_bridge as _xla_bridge
         from jax._src.lax import lax as _lax
-        from jaxlib import _jax  # pyright: ignore[reportAttributeAccessIssue] - an extension module without stubs
+        from jaxlib import _jax  # type: ignore[no-redef]  # pyright: ignore[reportAttributeAccessIssue]
     except ImportError:  # a jax that moved them: every fallback below is public
         _jax = _xla_bridge = _lax = None
 
