@@ -16,8 +16,9 @@ lint: .venv/installed
 	$(BIN)/pyright
 	$(BIN)/mypy
 
+# All cells, or those whose names contain a word: make bench CELLS="vmap MLP"
 bench: .venv/installed
-	$(BIN)/python tests/benchmarks/bench.py
+	$(BIN)/python tests/benchmarks/bench.py $(CELLS)
 
 # torch is pinned and installed first: an unpinned one would bring gigabytes of CUDA.
 .venv/installed: pyproject.toml constraints.txt

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,9 +11,10 @@ import numpy as np
 import torch
 
 from interop._crossing import Crossing, refine
+from interop._errors import ContainerError, InteropError
 from interop._leaf import NUMPY_OF, share_array, share_tensor, torch_device, torch_dtype
 from interop._leaf import jax_device as jax_device_of
-from interop._marshal import Kind, flatten
+from interop._marshal import Kind, flatten, where
 from interop._side import JAX, TORCH
 
 
@@ -39,13 +42,7 @@ def torch_to_jax(x: Any, /, *, copy: bool = False) -> Any:
         return NUMPY_OF.get(x, x)
     if _is_function(x):
         return refine(x, host=JAX, differentiable=True, jittable=True)
-    leaves, tree = flatten(x)
-    return tree.unflatten(
-        [
-            share_tensor(leaf, copy=copy) if kind is Kind.TENSOR else leaf
-            for leaf, kind in zip(leaves, tree.kinds, strict=True)
-        ]
-    )
+    return _map("torch_to_jax", x, (Kind.TENSOR,), functools.partial(share_tensor, copy=copy))
 
 
 def jax_to_torch(x: Any, /, *, copy: bool = False) -> Any:
@@ -66,13 +63,22 @@ def jax_to_torch(x: Any, /, *, copy: bool = False) -> Any:
         return torch_dtype(x)
     if _is_function(x):
         return refine(x, host=TORCH, differentiable=True, jittable=True)
-    leaves, tree = flatten(x)
-    return tree.unflatten(
-        [
-            share_array(leaf, copy=copy) if kind in (Kind.ARRAY, Kind.KEY) else leaf
-            for leaf, kind in zip(leaves, tree.kinds, strict=True)
-        ]
-    )
+    return _map("jax_to_torch", x, (Kind.ARRAY, Kind.KEY), functools.partial(share_array, copy=copy))
+
+
+def _map(name: str, x: Any, kinds: tuple[Kind, ...], convert: Callable[[Any], Any]) -> Any:
+    """The pytree with its leaves of these kinds converted."""
+    path = "x"
+    try:
+        leaves, tree = flatten(x)
+        for index, kind in enumerate(tree.kinds):
+            if kind in kinds:
+                path = f"x{tree.path(index)}" if len(leaves) > 1 or not tree.single else "x"
+                leaves[index] = convert(leaves[index])
+    except InteropError as error:
+        error.function, error.argument = name, path + where(x) if isinstance(error, ContainerError) else path
+        raise
+    return tree.unflatten(leaves)
 
 
 def _is_function(x: Any) -> bool:

@@ -24,7 +24,7 @@ import torch.utils._pytree as torch_pytree
 import wrapt
 
 from interop import _compiled, _in_jax, _in_torch
-from interop._abstract import Aval, Outputs, aval_of
+from interop._abstract import Aval, Outputs, aval_of, check_promise
 from interop._derive import Flat, Levels, Static
 from interop._errors import InteropError, LeafError, OptionError
 from interop._leaf import (
@@ -33,6 +33,7 @@ from interop._leaf import (
     describe,
     tensor_of_numpy,
     tensor_to_array,
+    too_large,
     torch_dtype,
     x64_enabled,
 )
@@ -120,6 +121,8 @@ class Entry:
             return self._call(leaves, spec) if flat is None else self.engine_call(flat, leaves)
         except InteropError as error:
             raise _located(error, self.record.name, spec) from error.__cause__
+        except OverflowError as error:
+            raise self._number_too_large(leaves, spec, error) from None
 
     def _call(self, leaves: list[Leaf], spec: Spec) -> Any:
         kind = spec.memo.get("kind") or spec.memo.setdefault("kind", _kind_of_call(spec, self.host))
@@ -160,6 +163,13 @@ class Entry:
         key = ("baked", tuple((type(n), repr(n)) for n in numbers), impls)
         return self.engine_call(_bounded(spec.memo, key, lambda: self._flat(spec, numbers, impls)), rest)
 
+    def _number_too_large(self, leaves: list[Leaf], spec: Any, error: OverflowError) -> OverflowError:
+        """JAX's refusal of a Python integer in the words of the library; any other error is the user's."""
+        for index, kind in enumerate(spec.kinds):
+            if kind is Kind.NUMBER and isinstance(leaves[index], int) and not -(2**31) <= leaves[index] < 2**31:
+                return _located(too_large(leaves[index]).at(index), self.record.name, spec)  # type: ignore[return-value]
+        return error
+
     def _flat(self, spec: Spec, numbers: tuple[Any, ...] | None = None, impls: tuple[str | None, ...] = ()) -> Flat:
         """The function of one structure of call, as a flat function of its dynamic leaves."""
         record, guest, function = self.record, self.record.guest, self.record.function
@@ -170,6 +180,8 @@ class Entry:
             every = leaves if numbers is None else _merged(spec.kinds, leaves, numbers)
             args, kwargs = spec.unflatten(_keys_wrapped(every, impls))
             outs, tree = flatten(function(*args, **kwargs), numbers_static=True)
+            if promised is not None and guest is JAX:
+                check_promise(outs, promised(tuple(map(aval_of, leaves))).avals, record.name)
             return tuple(
                 _result(guest, out, kind, tree, i) for i, (out, kind) in enumerate(zip(outs, tree.kinds, strict=True))
             ), Static(tree)
@@ -307,8 +319,14 @@ def _check_argnames(record: Record, signature: inspect.Signature) -> None:
     for option in ("static_argnames", "nondiff_argnames"):
         unknown = [name for name in getattr(record, option) if name not in signature.parameters and not has_kwargs]
         if unknown:
-            error = OptionError(f"{option} names {unknown[0]!r}, which is no parameter", expected=str(signature))
+            error = OptionError(f"{option} names {unknown[0]!r}, which is no parameter", expected=_bare(signature))
             raise _located(error, record.name)
+
+
+def _bare(signature: inspect.Signature) -> str:
+    """The parameters without their annotations."""
+    parameters = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    return str(inspect.Signature(parameters))
 
 
 # --- the wrapper ------------------------------------------------------------------------------------------------------

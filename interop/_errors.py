@@ -40,9 +40,11 @@ class InteropError(Exception):
         self.leaf: int | None = None
         self.function: str | None = None
         self.argument: str | None = None
+        self.result: str | None = None
 
     def __str__(self) -> str:
-        where = [part for part in (self.function, self.argument and f"argument {self.argument}") if part]
+        place = f"argument {self.argument}" if self.argument else f"result{self.result}" if self.result else None
+        where = [part for part in (self.function, place) if part]
         found = [f"{word} {part}" for word, part in (("got", self.got), ("expected", self.expected)) if part]
         head = ": ".join([*where, self.what])
         sentence = f"{head}: {', '.join(found)}" if found else head

@@ -243,6 +243,14 @@ def narrow(t: torch.Tensor) -> torch.Tensor:
     return small
 
 
+def too_large(number: int) -> NarrowingError:
+    """The refusal of a Python integer that needs 64 bits."""
+    return NarrowingError(
+        f"the value {number} does not fit into int32",
+        hint="JAX keeps 32 bits: set jax.config.update('jax_enable_x64', True)",
+    )
+
+
 def share_tensor(t: torch.Tensor, *, copy: bool = False) -> jax.Array:
     """A tensor as an array that the user keeps: its memory is shared in any dense layout, unless `copy`."""
     x64 = x64_enabled()

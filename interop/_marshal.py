@@ -157,10 +157,28 @@ def _opaque(x: Any) -> _Static:
     return _static(x)
 
 
+def _blame(x: Any) -> tuple[str, ContainerError] | None:
+    """Where in a pytree the object is that can't be flattened, and why; looked for only when one is known to be there."""
+    opener = None if type(x) in _KINDS else _OPENERS.get(type(x)) or _opener_for(x)
+    opened = opener(x) if opener else None
+    if opened is None:
+        try:
+            flatten(x)
+        except ContainerError as error:
+            return "", error
+        return None
+    container, children = opened
+    for name, child in zip(container.names, children, strict=True):
+        found = _blame(child)
+        if found:
+            return name + found[0], found[1]
+    return None
+
+
 def _way_out(x: Any) -> str:
     if isinstance(x, torch.nn.Module):
         return "Pass its parameters: torch.func.functional_call(module, params, args)"
-    if type(x).__name__.endswith("Cache"):
+    if type(x).__name__.endswith("Cache") and type(x).__module__.startswith("transformers"):
         return "Call the model with use_cache=False"
     return "Register it with jax.tree_util, or pass its parts"
 
@@ -176,7 +194,7 @@ def _hidden(x: Any) -> str | None:
     for name, value in inside:
         found = _first_value(value)
         if found is not None:
-            return f"{describe(found)} in .{name}"
+            return f"{describe(found[1])} in .{name}{found[0]}"
     return None
 
 
@@ -185,13 +203,19 @@ def _slots(t: type) -> list[str]:
     return [n for ns in names for n in ((ns,) if isinstance(ns, str) else ns) if not n.startswith("__")]
 
 
-def _first_value(x: Any, depth: int = 0) -> Any:
+def _first_value(x: Any, depth: int = 0) -> tuple[str, Any] | None:
+    """The first array in a container, and where it is."""
     if isinstance(x, torch.Tensor | jax.Array | np.ndarray):
-        return x
-    if depth < 8 and isinstance(x, dict | list | tuple | set | frozenset | collections.deque):
-        items = x.values() if isinstance(x, dict) else x
-        return next((v for v in (_first_value(i, depth + 1) for i in items) if v is not None), None)
+        return "", x
+    if depth < _DEPTH and isinstance(x, dict | list | tuple | set | frozenset | collections.deque):
+        for key, item in x.items() if isinstance(x, dict) else enumerate(x):
+            found = _first_value(item, depth + 1)
+            if found:
+                return f"[{key!r}]{found[0]}", found[1]
     return None
+
+
+_DEPTH = 8  # deeper is the user's
 
 
 # --- containers -------------------------------------------------------------------------------------------------------
@@ -409,6 +433,12 @@ def flatten(tree: object, *, numbers_static: bool = False) -> tuple[list[Any], T
     return flattener.leaves, Tree(tuple(flattener.tokens))
 
 
+def where(tree: object) -> str:
+    """The path of what `flatten` refused in this pytree."""
+    found = _blame(tree)
+    return found[0] if found else ""
+
+
 # --- calls ------------------------------------------------------------------------------------------------------------
 
 
@@ -500,10 +530,9 @@ class Marshaller:
     def _guilty(self, positional: Sequence[Any], keywords: dict[str, Any]) -> str | None:
         """The first argument that can't be flattened, by name."""
         for name, value in self._named(positional, keywords):
-            try:
-                flatten(value) if name not in self.static else _opaque(value)
-            except ContainerError:
-                return name
+            found = ("", None) if name in self.static else _blame(value)
+            if found:
+                return name + found[0]
         return None
 
     def _understand(self, key: tuple[Any, ...], positional: Sequence[Any], keywords: dict[str, Any]) -> Spec:

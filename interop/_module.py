@@ -14,8 +14,9 @@ from interop._errors import LeafError, UnsupportedError
 class ModuleFunction:
     """`(params, *args, **kwargs)` to the module's output, with `params` as `torch.func.functional_call` takes them.
 
-    Every call runs on a fresh skeleton: the same submodules, with tables of their own, and no copy of a tensor. The module
-    is never touched, from any number of threads; the skeleton lives as long as the graph that was recorded on it.
+    Every call runs on a fresh skeleton: the same submodules, with tables of their own, and no copy of a tensor. The
+    module is never touched, from any number of threads; the skeleton lives as long as the graph that was recorded on
+    it.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -71,11 +70,11 @@ class Host:
 
     def total(self, tree: Tree) -> Any:
         """A real number that every element of every inexact leaf has a different share in."""
-        return sum(((x * self.weights(x)).real.sum() for x in self.inexact(tree)), self.leaf(np.zeros((), np.float32)))
+        return sum(((x * self.weights(x)).real.sum() for x in self.inexact(tree)), self.zero())
 
     def plain_sum(self, tree: Tree) -> Any:
         """A real number whose cotangents have stride 0: they are one number, expanded."""
-        return sum((x.real.sum() for x in self.inexact(tree)), self.leaf(np.zeros((), np.float32)))
+        return sum((x.real.sum() for x in self.inexact(tree)), self.zero())
 
     def total_of_transposed(self, tree: Tree) -> Any:
         """A real number whose cotangents are not contiguous: they come back through a transposition."""
@@ -83,7 +82,7 @@ class Host:
 
     def inexact(self, tree: Tree) -> tuple[Any, ...]:
         """The leaves of a result that have a derivative."""
-        return tuple(x for x in jax.tree.leaves(tree) if self.is_inexact(x))
+        return tuple(x for x in torch_pytree.tree_leaves(tree) if x is not None and self.is_inexact(x))
 
     def is_inexact(self, leaf: Any) -> bool:
         """Whether it is of floating-point or complex numbers."""
@@ -101,6 +100,10 @@ class Host:
     def batched(self, case: Case) -> list[Any]:
         """Two examples of every leaf: as it is, and scaled a little or reversed."""
         return [self.leaf(np.stack([x, other_example(x)])) for x in case.leaves]
+
+    def zero(self) -> Any:
+        """Where sums start."""
+        raise NotImplementedError
 
     def weights(self, x: Any) -> Any:
         """A leaf of the same shape and dtype, in which no symmetry of a function cancels."""
@@ -127,11 +130,6 @@ def other_example(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return (x * np.asarray(1.1).astype(x.dtype)).astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else x[::-1]
 
 
-def _waves(shape: tuple[int, ...], *, is_complex: bool) -> np.ndarray[Any, Any]:
-    n = np.arange(math.prod(shape), dtype=np.float64).reshape(shape) + 1
-    return np.asarray(np.cos(n) + 1j * np.sin(2 * n) if is_complex else np.cos(n))
-
-
 class TorchHost(Host):
     """torch calls; the function is JAX's."""
 
@@ -154,8 +152,12 @@ class TorchHost(Host):
     def is_inexact(self, leaf: torch.Tensor) -> bool:
         return leaf.is_floating_point() or leaf.is_complex()
 
+    def zero(self) -> torch.Tensor:
+        return torch.zeros(())
+
     def weights(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.tensor(_waves(tuple(x.shape), is_complex=x.is_complex())).to(x.dtype)
+        n = torch.arange(x.numel(), dtype=torch.float64).reshape(x.shape) + 1
+        return (torch.complex(torch.cos(n), torch.sin(2 * n)) if x.is_complex() else torch.cos(n)).to(x.dtype)
 
     # --- transforms
 
@@ -237,8 +239,13 @@ class JaxHost(Host):
     def is_inexact(self, leaf: jax.Array) -> bool:
         return bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
 
+    def zero(self) -> jax.Array:
+        return jnp.zeros(())
+
     def weights(self, x: jax.Array) -> jax.Array:
-        return jnp.asarray(_waves(x.shape, is_complex=jnp.iscomplexobj(x)).astype(x.dtype))
+        n = np.arange(x.size, dtype=np.float64).reshape(x.shape) + 1
+        waves = np.cos(n) + 1j * np.sin(2 * n) if jnp.iscomplexobj(x) else np.cos(n)
+        return jnp.asarray(np.asarray(waves).astype(x.dtype))
 
     # --- transforms
 

@@ -106,7 +106,8 @@ def check_differentiable(flat: TorchFlat, wanted: Sequence[bool]) -> None:
             raise _named(
                 flat,
                 NotDifferentiableError(
-                    "a derivative of a function that is not differentiable", hint="Stack @differentiable"
+                    "a derivative of a function that is not differentiable",
+                    hint="Stack @differentiable, or use jax.lax.stop_gradient",
                 ),
                 index,
             )
@@ -369,7 +370,9 @@ def _lowering(flat_of: Callable[..., TorchFlat], operands_of: Callable[..., Sequ
 
     def lower(context: Any, *ins: Any, flat: TorchFlat, **params: Any) -> Any:
         if not flat.levels.jittable:
-            raise _named_function(flat, NotJittableError("compiled by JAX", hint="Stack @jittable"))
+            raise _named_function(
+                flat, NotJittableError("traced by JAX into a compiled program", hint="Stack @jittable")
+            )
         if jax_private.device_count(context) > 1:
             _warn_gathered()
         avals = tuple(Aval(tuple(a.shape), np.dtype(a.dtype)) for a in context.avals_out)

@@ -15,7 +15,7 @@ import torch
 
 from interop._abstract import Aval, Outputs, check_promise, infer_torch
 from interop._derive import Axes, Flat, Static, derive_vmap
-from interop._errors import AbstractEvalError, PrecisionError, UnsupportedError
+from interop._errors import AbstractEvalError, InteropError, PrecisionError, UnsupportedError
 from interop._leaf import (
     NUMPY_OF,
     WIDE_FLOATS,
@@ -49,7 +49,13 @@ class TorchFlat(Flat):
     def _outputs(self, avals: tuple[Aval, ...]) -> Outputs:
         promised: Callable[[Sequence[Aval]], Outputs] | None = self.levels.example_output
         found = promised(avals) if promised else infer_torch(self, avals)
-        return replace(found, avals=tuple(Aval(aval.shape, _kept(aval)) for aval in found.avals))
+        kept: list[Aval] = []
+        for index, aval in enumerate(found.avals):
+            try:
+                kept.append(Aval(aval.shape, _kept(aval)))
+            except InteropError as error:
+                raise in_result(error, found.structure, index)  # noqa: B904 - the same error, located
+        return replace(found, avals=tuple(kept))
 
     def pure_outputs(self, avals: tuple[Aval, ...]) -> Outputs:
         """The same, for a trace; raises for a function that draws random numbers: a trace would merge them."""
@@ -95,9 +101,9 @@ def refuse_wide_float(dtype: torch.dtype, result: Any) -> None:
     """Raise `PrecisionError` for a 64-bit float that JAX would narrow."""
     if dtype in WIDE_FLOATS and not x64_enabled():
         raise PrecisionError(
-            "the function returned a 64-bit float, and JAX keeps 32 bits",
+            f"a {str(dtype).removeprefix('torch.')} result has nowhere to go",
             got=describe(result),
-            hint="Return x.float(), or set jax.config.update('jax_enable_x64', True)",
+            hint="Return y.float(), or set jax.config.update('jax_enable_x64', True)",
         )
 
 
@@ -127,12 +133,40 @@ def run(flat: Flat, arrays: Sequence[jax.Array]) -> tuple[list[jax.Array], Stati
         outs, structure = flat.fn(*own(arrays))
         if flat.levels.example_output is not None:
             check_promise(outs, flat.levels.example_output(tuple(map(_aval, arrays))).avals, flat.name)
-        return [result_to_array(out) for out in outs], structure
+        return results_to_arrays(outs, structure), structure
 
 
 def own(arrays: Sequence[jax.Array]) -> list[torch.Tensor]:
     """Tensors with the values of arrays, in memory that nobody else has: the function may write to it, and keep it."""
-    return [array_to_tensor(a).clone() for a in arrays]
+    return [t.clone() for t in tensors_of(arrays)]
+
+
+def tensors_of(arrays: Sequence[Any]) -> list[torch.Tensor]:
+    """Tensors over the memory of arrays; raises for one that can't cross."""
+    tensors: list[torch.Tensor] = []
+    for index, array in enumerate(arrays):
+        try:
+            tensors.append(array_to_tensor(array))
+        except InteropError as error:
+            raise error.at(index)  # noqa: B904 - the same error, located
+    return tensors
+
+
+def results_to_arrays(outs: Sequence[torch.Tensor], structure: Static) -> list[jax.Array]:
+    """The results as arrays of their own; raises for one that can't cross."""
+    arrays: list[jax.Array] = []
+    for index, out in enumerate(outs):
+        try:
+            arrays.append(result_to_array(out))
+        except InteropError as error:
+            raise in_result(error, structure, index)  # noqa: B904 - the same error, located
+    return arrays
+
+
+def in_result(error: InteropError, structure: Static, index: int) -> InteropError:
+    """The error, blaming this leaf of the result."""
+    error.result = structure.value.path(index) or " " if structure.value else None
+    return error
 
 
 def result_to_array(t: torch.Tensor) -> jax.Array:

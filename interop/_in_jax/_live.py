@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from interop._derive import Mask, Static
-from interop._in_jax._flat import TorchFlat, result_to_array
+from interop._in_jax._flat import TorchFlat, result_to_array, results_to_arrays, tensors_of
 from interop._leaf import array_to_tensor
 from interop._side import TORCH
 
@@ -54,12 +54,12 @@ def _conj(t: torch.Tensor) -> torch.Tensor:
 def forward(flat: TorchFlat, arrays: Sequence[jax.Array], active: Mask) -> tuple[list[jax.Array], Static, jax.Array]:
     """Run it under autograd; returns its outputs, their structure, and the array that owns the graph."""
     with torch.inference_mode(mode=False), torch.enable_grad():
-        tensors = [array_to_tensor(a).requires_grad_(wanted) for a, wanted in zip(arrays, active, strict=True)]
+        tensors = [t.requires_grad_(wanted) for t, wanted in zip(tensors_of(arrays), active, strict=True)]
         # Nobody writes to the leaves, which share JAX's memory. What the function is given is a copy, and no leaf.
         outs, structure = flat.fn(*[t.clone() for t in tensors])
     inputs = [t for t in tensors if t.requires_grad]
     live = Live(inputs, [out for out in outs if TORCH.is_inexact(out)])
-    return [result_to_array(out) for out in outs], structure, _handle(live)
+    return results_to_arrays(outs, structure), structure, _handle(live)
 
 
 def _handle(live: Live) -> jax.Array:

@@ -17,7 +17,7 @@ import torch
 
 from interop._abstract import Aval
 from interop._derive import Static, fill
-from interop._errors import InteropError, NarrowingError, NotDifferentiableError, NotJittableError
+from interop._errors import InteropError, NotDifferentiableError, NotJittableError
 from interop._in_torch._flat import FLATS, JaxFlat, Plan
 from interop._leaf import (
     NUMPY_READS,
@@ -28,6 +28,7 @@ from interop._leaf import (
     describe,
     export,
     jax_dtype,
+    too_large,
     x64_enabled,
 )
 from interop._private import torch as torch_private
@@ -281,7 +282,7 @@ def _lift(number: complex, *, x64: bool) -> torch.Tensor:
     try:
         return torch.tensor(number, dtype=dtype)
     except (RuntimeError, OverflowError):
-        raise NarrowingError(f"the number {number} does not fit into {dtype}") from None
+        raise too_large(int(number.real)) from None
 
 
 class _Traced(torch.autograd.Function):

@@ -32,7 +32,7 @@ def main(wanted: list[str]) -> int:
         for row in rows(name, cell):
             tqdm.write(str(row))
             missed += [] if row.met else [row]
-    print(f"{len(missed)} of these targets are not met" if missed else "every target is met")
+    print(f"{len(missed)} rows miss their target" if missed else "every target is met")
     return 0
 
 

@@ -226,13 +226,13 @@ def _converting(convert: Callable[[Any], Any], value: Any) -> Callable[[], Any]:
     return lambda: convert(value)
 
 
-@cell("leaves in a dict, per leaf")
+@cell("per leaf of a dict")
 def leaves(name: str) -> list[Row]:
     """Linear in their number."""
     rows = []
     for n in (1, 10, 100, 1000):
         params = {f"p{i}": torch.randn(3) for i in range(n)}
-        rows += ratios(f"{name}, {n} leaves", _with_leaves(params), {"floor": 1.2}, per=n)
+        rows += ratios(f"{name} of {n}", _with_leaves(params), {"floor": 1.2}, per=n)
     return rows
 
 

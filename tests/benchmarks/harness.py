@@ -130,8 +130,8 @@ def extra(cell: str, ours: str, against: str, limit: float, rounds: int = 7) -> 
             milliseconds(times[ours].median),
             "the same without us",
             milliseconds(times[against].median),
-            f"+{1e3 * more:.0f} ms",
-            f"+{1e3 * minima:.0f} ms",
+            f"{1e3 * more:+.0f} ms",
+            f"{1e3 * minima:+.0f} ms",
             f"<= +{1e3 * limit:g} ms",
             more <= limit,
         )
