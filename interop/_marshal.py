@@ -158,7 +158,7 @@ def _opaque(x: Any) -> _Static:
 
 
 def _blame(x: Any) -> tuple[str, ContainerError] | None:
-    """Where in a pytree the object is that can't be flattened, and why; looked for only when one is known to be there."""
+    """Where in a pytree the object is that can't be flattened, and why; None if there is none."""
     opener = None if type(x) in _KINDS else _OPENERS.get(type(x)) or _opener_for(x)
     opened = opener(x) if opener else None
     if opened is None:

@@ -18,7 +18,10 @@ from hosts import HOSTS, Host, Tree, assert_same
 REFUSALS = (RuntimeError, NotImplementedError, TypeError, ValueError)
 
 # Cells that do not pass, with the reason. A case "*" stands for all of them. A gap that closes fails its test.
-GAPS: dict[tuple[str, str, str], str] = {}
+GAPS: dict[tuple[str, str, str], str] = {
+    ("torch", transform, "named_tuples"): "Dynamo rebuilds tuples, lists and dicts alone from an opaque call"
+    for transform in ("compile", "compiled_gradient", "compiled_batch_of_gradients")
+}
 
 ALWAYS: Callable[[Case], bool] = lambda case: True  # noqa: E731
 HAS_DERIVATIVE: Callable[[Case], bool] = lambda case: bool(case.active)  # noqa: E731

@@ -170,7 +170,7 @@ def in_result(error: InteropError, structure: Static, index: int) -> InteropErro
 
 
 def result_to_array(t: torch.Tensor) -> jax.Array:
-    """A result as an array of its own: the tensor may be a parameter, a cache or a view, that somebody will write to."""
+    """A result as an array of its own: somebody may write to the tensor (a parameter, a cache, a view)."""
     x64 = x64_enabled()
     refuse_wide_float(t.dtype, t)
     t = t.detach()

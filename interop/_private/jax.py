@@ -24,7 +24,8 @@ if not PUBLIC_ONLY:
 
 
 def _public_import(tensor: Any, _capsule_of: Callable[[Any], Any], device: Any) -> jax.Array:
-    return jax.device_put(jax.dlpack.from_dlpack(tensor), device)
+    with jax.enable_x64(True):  # else it narrows without a word; the private one never does
+        return jax.device_put(jax.dlpack.from_dlpack(tensor), device)
 
 
 def _private_import(tensor: Any, capsule_of: Callable[[Any], Any], device: Any) -> jax.Array:
