@@ -80,8 +80,9 @@ class Record:
     @functools.cached_property
     def function(self) -> Callable[..., Any]:
         """The function that a call runs: a torch module is one of its parameters."""
-        is_module = self.host is JAX and isinstance(self.fn, torch.nn.Module)
-        return ModuleFunction(self.fn) if is_module else self.fn
+        if self.host is JAX and isinstance(self.fn, torch.nn.Module):
+            return ModuleFunction(self.fn)
+        return self.fn
 
     @property
     def guest(self) -> Side:
@@ -114,7 +115,8 @@ class Entry:
 
     def flat_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Tree]:
         """The same, leaving the result flat."""
-        spec = None
+        spec: Spec | None = None
+        leaves: list[Leaf] = []
         try:
             leaves, spec = self.flatten_call(args, kwargs)
             flat = spec.memo.get("direct")

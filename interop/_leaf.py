@@ -16,6 +16,7 @@ import jax.core
 import ml_dtypes
 import numpy as np
 import torch
+from jax.sharding import SingleDeviceSharding
 
 from interop._errors import DeviceError, ForkError, LeafError, NarrowingError
 from interop._private import jax as jax_private
@@ -181,7 +182,12 @@ def tensor_to_array(t: torch.Tensor, *, x64: bool = False) -> jax.Array:
         or t.data_ptr() & 63
     ):
         t = _dense(resolve(t), x64=x64)
-    return _import(t.detach(), _capsule_of, jax_device(t.device))
+    return import_tensor(t.detach())
+
+
+def import_tensor(t: torch.Tensor) -> jax.Array:
+    """An array over the memory of a tensor that is known to be fit for it."""
+    return _import(t, _capsule_of, jax_device(t.device))
 
 
 def argument_of(t: torch.Tensor, *, x64: bool) -> Any:
@@ -264,7 +270,7 @@ def share_tensor(t: torch.Tensor, *, copy: bool = False) -> jax.Array:
         t = narrow(t)
     elif copy or t.data_ptr() & 63:
         t = t.clone()
-    return _import(_compact(t), _capsule_of, jax_device(t.device))
+    return import_tensor(_compact(t))
 
 
 def _compact(t: torch.Tensor) -> torch.Tensor:
@@ -291,9 +297,12 @@ def array_to_tensor(a: Any) -> torch.Tensor:
 
 def local(a: Any) -> jax.Array:
     """The array on one device, checked to be one that torch can hold."""
+    if type(a) is jax_private.ArrayImpl and a.dtype in TORCH_OF and type(a.sharding) is SingleDeviceSharding:
+        return a  # one that was deleted can't be exported, and says so
     if isinstance(a, jax.core.Tracer):
         raise LeafError(f"a tracer ({describe(a)}) has no values to share", hint="Stack @jittable and @as_jax")
-    a = a if isinstance(a, jax.Array) else jax.numpy.asarray(a)  # JAX's rules meet Python numbers too
+    if not isinstance(a, jax.Array):  # JAX's rules meet Python numbers too; its own conversion would be traced there
+        return tensor_to_array(tensor_of_numpy(np.asarray(a, jax.typeof(a).dtype)), x64=True)
     torch_dtype(a.dtype)
     if a.is_deleted():
         raise LeafError(f"the array {describe(a)} was deleted or donated")

@@ -24,6 +24,7 @@ import torch
 
 from interop._errors import ContainerError, OptionError
 from interop._leaf import describe
+from interop._private import jax as jax_private
 from interop._private import torch as torch_private
 from interop._signature import compile_binder, signature_of
 
@@ -59,7 +60,9 @@ def _kind(x: Any) -> Kind | None:
     t = type(x)
     if isinstance(x, torch.Tensor):
         kind = Kind.TENSOR
-    elif isinstance(x, jax.Array):
+    elif t is jax_private.ArrayImpl:
+        kind = Kind.ARRAY
+    elif isinstance(x, jax.Array):  # a tracer, or a typed key
         return Kind.KEY if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else Kind.ARRAY
     elif isinstance(x, np.ndarray | np.generic):
         kind = Kind.NUMPY
@@ -428,9 +431,15 @@ def flatten(tree: object, *, numbers_static: bool = False) -> tuple[list[Any], T
     Raises:
         ContainerError: something that can't be opened hides a value, or is not hashable.
     """
+    single = _SINGLE.get(type(tree))
+    if single is not None:
+        return [tree], single
     flattener = _Flattener(numbers_static=numbers_static)
     flattener.add(tree)
     return flattener.leaves, Tree(tuple(flattener.tokens))
+
+
+_SINGLE: dict[type, Tree] = {torch.Tensor: Tree((Kind.TENSOR,)), torch.nn.Parameter: Tree((Kind.TENSOR,))}
 
 
 def where(tree: object) -> str:
@@ -451,7 +460,7 @@ class Spec:
         memo: free for whoever calls: what was made for this structure.
     """
 
-    __slots__ = ("_names", "_positional", "_trees", "argnames", "kinds", "memo")
+    __slots__ = ("_names", "_plain", "_positional", "_trees", "argnames", "kinds", "memo")
 
     def __init__(self, positional: int, names: tuple[str, ...], trees: tuple[Tree, ...]) -> None:
         self._positional = positional
@@ -460,9 +469,12 @@ class Spec:
         self.kinds = tuple(kind for tree in trees for kind in tree.kinds)
         self.argnames = tuple(n.partition("[")[0] for n, tree in zip(names, trees, strict=True) for _ in tree.kinds)
         self.memo: dict[Any, Any] = {}
+        self._plain = positional == len(trees) and all(tree.single for tree in trees)
 
     def unflatten(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments, as the function is to be called."""
+        if self._plain:
+            return tuple(leaves), {}
         rest = iter(leaves)
         values = [tree.unflatten([next(rest) for _ in tree.kinds]) for tree in self._trees]
         keywords = dict(zip(self._names[self._positional :], values[self._positional :], strict=True))

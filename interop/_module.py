@@ -68,8 +68,8 @@ def _fill(skeleton: torch.nn.Module, module: torch.nn.Module, params: Mapping[st
         if id(old) in given:
             path, _, last = name.rpartition(".")
             owner = skeleton.get_submodule(path)
-            table = owner._parameters if last in owner._parameters else owner._buffers
-            table[last] = given[id(old)]  # type: ignore[assignment] - a plain tensor, as functional_call has it
+            table: Any = owner._parameters if last in owner._parameters else owner._buffers
+            table[last] = given[id(old)]  # a plain tensor, as functional_call has it
 
 
 def _refuse_updates(module: torch.nn.Module, params: Mapping[str, torch.Tensor]) -> None:

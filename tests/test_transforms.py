@@ -26,7 +26,17 @@ GAPS: dict[tuple[str, str, str], str] = {
 ALWAYS: Callable[[Case], bool] = lambda case: True  # noqa: E731
 HAS_DERIVATIVE: Callable[[Case], bool] = lambda case: bool(case.active)  # noqa: E731
 # A few cases of different kinds, for what is slow: one of each arity, pytree, dtype and kind of mathematics.
-CORE = {"scalar", "elementwise", "several_outputs", "mask_output", "named_tuples", "rows_by_index", "softmax", "solve", "scan"}
+CORE = {
+    "scalar",
+    "elementwise",
+    "several_outputs",
+    "mask_output",
+    "named_tuples",
+    "rows_by_index",
+    "softmax",
+    "solve",
+    "scan",
+}
 HAS_JACOBIAN: Callable[[Case], bool] = lambda case: case.id in CORE  # noqa: E731
 
 # name -> which cases it applies to

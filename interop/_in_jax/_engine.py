@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from jax.experimental.buffer_callback import buffer_callback
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import SingleDeviceSharding
 
 from interop._abstract import Aval, aval_of
 from interop._derive import Mask, Static, fill, pick
@@ -37,6 +38,7 @@ from interop._side import Leaf
 _Result: TypeAlias = "tuple[Sequence[jax.Array], Any]"
 _Tracer = jax.core.Tracer
 _Zero = ad.Zero
+ArrayImpl = jax_private.ArrayImpl
 
 
 # --- call -------------------------------------------------------------------------------------------------------------
@@ -45,8 +47,16 @@ _Zero = ad.Zero
 def call(flat: TorchFlat, leaves: Sequence[Leaf]) -> _Result:
     """Call the function on arrays; returns `(arrays, structure)`."""
     for leaf in leaves:
-        if isinstance(leaf, _Tracer):
-            return _call_traced(flat, leaves)
+        if type(leaf) is not ArrayImpl or type(leaf.sharding) is not SingleDeviceSharding:
+            return _call_carefully(flat, leaves)
+    outs, structure = run(flat, leaves)
+    return outs, structure.value
+
+
+def _call_carefully(flat: TorchFlat, leaves: Sequence[Leaf]) -> _Result:
+    """A call with a leaf that is traced, or spread over several devices."""
+    if any(isinstance(leaf, _Tracer) for leaf in leaves):
+        return _call_traced(flat, leaves)
     outs, structure = run(flat, _gathered(leaves))
     return outs, structure.value
 
@@ -278,7 +288,7 @@ def _in_front(args: Sequence[Any], dims: Sequence[Any]) -> list[Any]:
     """The batch as the first axis of every operand."""
     size = _size(args, dims)
     return [
-        jax.numpy.broadcast_to(x, (size, *x.shape)) if d is None else jax.numpy.moveaxis(x, d, 0)
+        jax.numpy.broadcast_to(x, (size, *np.shape(x))) if d is None else jax.numpy.moveaxis(x, d, 0)
         for x, d in zip(args, dims, strict=True)
     ]
 

@@ -18,12 +18,14 @@ from interop._derive import Axes, Flat, Static, derive_vmap
 from interop._errors import AbstractEvalError, InteropError, PrecisionError, UnsupportedError
 from interop._leaf import (
     NUMPY_OF,
+    NUMPY_READS,
     WIDE_FLOATS,
     array_to_tensor,
     describe,
+    import_tensor,
     jax_dtype,
     narrow,
-    tensor_to_array,
+    resolve,
     x64_enabled,
 )
 from interop._private import torch as torch_private
@@ -171,12 +173,19 @@ def in_result(error: InteropError, structure: Static, index: int) -> InteropErro
 
 def result_to_array(t: torch.Tensor) -> jax.Array:
     """A result as an array of its own: somebody may write to the tensor (a parameter, a cache, a view)."""
+    if (
+        type(t) is torch.Tensor
+        and t.dtype in NUMPY_READS
+        and t.layout is torch.strided
+        and not (t.is_neg() or t.is_conj())
+    ):
+        return import_tensor(t.detach().clone(memory_format=torch.contiguous_format))
     x64 = x64_enabled()
     refuse_wide_float(t.dtype, t)
-    t = t.detach()
+    t = resolve(t.detach())
     if t.dtype in (torch.int64, torch.uint64) and not x64:
-        return tensor_to_array(narrow(t).contiguous(), x64=x64)
-    return tensor_to_array(t.clone(memory_format=torch.contiguous_format), x64=x64)
+        t = narrow(t)
+    return import_tensor(t.clone(memory_format=torch.contiguous_format))
 
 
 def _aval(array: Any) -> Aval:

@@ -32,6 +32,10 @@ def _private_import(tensor: Any, capsule_of: Callable[[Any], Any], device: Any) 
     return _import_capsule(capsule_of(tensor), device, None)
 
 
+# The type of an array that is there; the fallback matches nothing, and every call takes the general path.
+ArrayImpl: Any = getattr(_jax, "ArrayImpl", None)
+
+
 # A tensor as an array over the same memory: 2.6 us, against 50 us through the public protocol.
 _import_capsule: Any = getattr(_jax, "dlpack_managed_tensor_to_buffer", None)
 import_tensor: Callable[[Any, Callable[[Any], Any], Any], jax.Array] = (
