@@ -42,9 +42,9 @@ class Outputs:
 
 
 def aval_of(leaf: Any) -> Aval:
-    """The aval of an array or a tensor."""
+    """The aval of an array or a tensor, or of a typed number, which JAX's rules meet too."""
     dtype = leaf.dtype
-    return Aval(tuple(leaf.shape), NUMPY_OF[dtype] if isinstance(dtype, torch.dtype) else np.dtype(dtype))
+    return Aval(tuple(np.shape(leaf)), NUMPY_OF[dtype] if isinstance(dtype, torch.dtype) else np.dtype(dtype))
 
 
 def infer_jax(flat: Flat, avals: Sequence[Aval], *, x64: bool) -> Outputs:
