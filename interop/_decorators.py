@@ -120,8 +120,8 @@ def as_jax(
     eagerly on the caller's thread, or as a callback of a compiled program. It composes with `jax.vmap`. Stack
     `differentiable` for derivatives and `jittable` for `jax.jit` and its kin, in any order.
 
-    What crosses: the function works on its own copy of its arguments, so that it may write to them; results are handed
-    over without a copy where nobody else holds them. Dtypes are kept; while `jax_enable_x64` is off, an `int64` result
+    What crosses: the function works on its own copy of its arguments, so that it may write to them, and its results are
+    copied, since it may return what it keeps. Dtypes are kept; while `jax_enable_x64` is off, an `int64` result
     is range-checked and comes as `int32`, and a `float64` result raises.
 
     Python numbers are given as they are. A tensor among the arguments passes through, copied.

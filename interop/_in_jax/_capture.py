@@ -125,6 +125,8 @@ class _Cut:
         self, module: torch.fx.GraphModule, flat: TorchFlat, inputs: int, outputs: int, wanted: Sequence[Aval]
     ) -> None:
         _drop_copies(module)
+        if any("mkldnn" in str(node.target) for node in module.graph.nodes):
+            raise TypeError("a fused kernel keeps a workspace that has no value outside autograd")
         self.module, self.flat, self.count, self.wanted = module, flat, outputs, wanted
         nodes = list(module.graph.nodes)
         places = [node for node in nodes if node.op == "placeholder"]

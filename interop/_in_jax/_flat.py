@@ -131,11 +131,15 @@ def _loop(flat: Flat, in_axes: Axes) -> Callable[..., tuple[Leaves, Static]]:
 
 def run(flat: Flat, arrays: Sequence[jax.Array]) -> tuple[list[jax.Array], Static]:
     """Run it on the values of arrays. It works on its own copy of them, and its results are copied out of it."""
-    with torch.no_grad():
+    graph = torch.is_grad_enabled()
+    torch.set_grad_enabled(False)  # twice as fast as the context manager
+    try:
         outs, structure = flat.fn(*own(arrays))
         if flat.levels.example_output is not None:
             check_promise(outs, flat.levels.example_output(tuple(map(_aval, arrays))).avals, flat.name)
         return results_to_arrays(outs, structure), structure
+    finally:
+        torch.set_grad_enabled(graph)
 
 
 def own(arrays: Sequence[jax.Array]) -> list[torch.Tensor]:

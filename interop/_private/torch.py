@@ -59,8 +59,17 @@ class RandomnessWatch(TorchDispatchMode):
         self.seen = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen = self.seen or torch.Tag.nondeterministic_seeded in func.tags
+        if torch.Tag.nondeterministic_seeded in func.tags and not _drops_nothing(func, args, kwargs or {}):
+            self.seen = True
         return func(*args, **(kwargs or {}))
+
+
+def _drops_nothing(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether it is a dropout, or an attention with one, of probability zero or outside training."""
+    given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+    given = {a.name: a.default_value for a in func._schema.arguments if a.name not in given} | given
+    off = [given[name] == 0 for name in ("p", "dropout_p", "dropout") if name in given]
+    return any(off) or given.get("train") is False
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
