@@ -178,12 +178,16 @@ class Entry:
         dynamic = [i for i, kind in enumerate(spec.kinds) if numbers is None or kind is not Kind.NUMBER]
         promised = None if record.example_output is None else _promise(record, spec, numbers)
 
+        plain = (Kind.TENSOR,) if guest is TORCH else None  # what needs no conversion: by far the commonest
+
         def fn(*leaves: Leaf) -> tuple[Leaves, Static]:
             every = leaves if numbers is None else _merged(spec.kinds, leaves, numbers)
             args, kwargs = spec.unflatten(_keys_wrapped(every, impls))
             outs, tree = flatten(function(*args, **kwargs), numbers_static=True)
             if promised is not None and guest is JAX:
                 check_promise(outs, promised(tuple(map(aval_of, leaves))).avals, record.name)
+            if tree.kinds == plain:
+                return tuple(outs), Static(tree)
             return tuple(
                 _result(guest, out, kind, tree, i) for i, (out, kind) in enumerate(zip(outs, tree.kinds, strict=True))
             ), Static(tree)

@@ -14,7 +14,6 @@ by recomputing where neither is to be had. Higher orders are always derived from
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -24,14 +23,13 @@ import numpy as np
 import torch
 from jax.experimental.buffer_callback import buffer_callback
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import SingleDeviceSharding
 
 from interop._abstract import Aval, aval_of
 from interop._derive import Mask, Static, fill, pick
 from interop._errors import NotDifferentiableError, NotJittableError, UnsupportedError
 from interop._in_jax import _live
 from interop._in_jax._capture import Capture, capture
-from interop._in_jax._flat import TorchFlat, callback, run
+from interop._in_jax._flat import TorchFlat, callback, run, warn_gathered
 from interop._private import jax as jax_private
 from interop._side import Leaf
 
@@ -47,17 +45,9 @@ ArrayImpl = jax_private.ArrayImpl
 def call(flat: TorchFlat, leaves: Sequence[Leaf]) -> _Result:
     """Call the function on arrays; returns `(arrays, structure)`."""
     for leaf in leaves:
-        if type(leaf) is not ArrayImpl or type(leaf.sharding) is not SingleDeviceSharding:
-            return _call_carefully(flat, leaves)
+        if type(leaf) is not ArrayImpl and isinstance(leaf, _Tracer):
+            return _call_traced(flat, leaves)
     outs, structure = run(flat, leaves)
-    return outs, structure.value
-
-
-def _call_carefully(flat: TorchFlat, leaves: Sequence[Leaf]) -> _Result:
-    """A call with a leaf that is traced, or spread over several devices."""
-    if any(isinstance(leaf, _Tracer) for leaf in leaves):
-        return _call_traced(flat, leaves)
-    outs, structure = run(flat, _gathered(leaves))
     return outs, structure.value
 
 
@@ -81,31 +71,9 @@ _ran = _Ran()
 
 
 def _run(flat: TorchFlat, arrays: Sequence[Any]) -> list[jax.Array]:
-    outs, structure = run(flat, _gathered(arrays))
+    outs, structure = run(flat, arrays)
     _ran.structures[flat.origin or flat] = structure
     return outs
-
-
-def _gathered(arrays: Sequence[Any]) -> Sequence[Any]:
-    """The same values, warned of once if one is spread over several devices: it is gathered, and computed once."""
-    if any(isinstance(a, jax.Array) and len(a.sharding.device_set) > 1 for a in arrays):
-        _warn_gathered()
-    return arrays
-
-
-_warned = False
-
-
-def _warn_gathered() -> None:
-    global _warned  # noqa: PLW0603 - once in a process
-    if not _warned:
-        _warned = True
-        warnings.warn(
-            "a torch function was given an array on several devices: it is gathered, and the function computes on the "
-            "whole of it. Use jax.shard_map to compute on each shard",
-            UserWarning,
-            stacklevel=2,
-        )
 
 
 def check_differentiable(flat: TorchFlat, wanted: Sequence[bool]) -> None:
@@ -198,7 +166,7 @@ def _linearized(flat: TorchFlat, primals: Sequence[Any], active: Mask, tangents:
     if not all(isinstance(t, _Tracer) for t in tangents):  # forward mode: nothing will be transposed
         return torch_call.bind(*primals, flat=flat), "recompute", []
     if not any(isinstance(p, _Tracer) for p in primals):
-        outs, structure, handle = _live.forward(flat, _gathered(primals), active)
+        outs, structure, handle = _live.forward(flat, primals, active)
         _ran.structures[flat.origin or flat] = structure
         return outs, "live", [handle]
     avals = tuple(map(aval_of, primals))
@@ -384,7 +352,7 @@ def _lowering(flat_of: Callable[..., TorchFlat], operands_of: Callable[..., Sequ
                 flat, NotJittableError("traced by JAX into a compiled program", hint="Stack @jittable")
             )
         if jax_private.device_count(context) > 1:
-            _warn_gathered()
+            warn_gathered()
         avals = tuple(Aval(tuple(a.shape), np.dtype(a.dtype)) for a in context.avals_out)
         rule = mlir.lower_fun(lambda *xs: emit(*xs, out_avals=avals, flat=flat, **params), multiple_results=True)
         return rule(context, *ins)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,7 @@ from interop._leaf import (
     WIDE_FLOATS,
     array_to_tensor,
     describe,
+    export,
     import_tensor,
     jax_dtype,
     narrow,
@@ -32,6 +34,7 @@ from interop._private import torch as torch_private
 from interop._side import Leaf, Leaves
 
 _log = logging.getLogger("interop")
+set_grad_enabled = torch_private.set_grad_enabled
 
 
 @dataclass(eq=False)
@@ -132,23 +135,28 @@ def _loop(flat: Flat, in_axes: Axes) -> Callable[..., tuple[Leaves, Static]]:
 def run(flat: Flat, arrays: Sequence[jax.Array]) -> tuple[list[jax.Array], Static]:
     """Run it on the values of arrays. It works on its own copy of them, and its results are copied out of it."""
     graph = torch.is_grad_enabled()
-    torch.set_grad_enabled(False)  # twice as fast as the context manager
+    set_grad_enabled(False)
     try:
         outs, structure = flat.fn(*own(arrays))
         if flat.levels.example_output is not None:
             check_promise(outs, flat.levels.example_output(tuple(map(_aval, arrays))).avals, flat.name)
         return results_to_arrays(outs, structure), structure
     finally:
-        torch.set_grad_enabled(graph)
+        set_grad_enabled(graph)
 
 
 def own(arrays: Sequence[jax.Array]) -> list[torch.Tensor]:
     """Tensors with the values of arrays, in memory that nobody else has: the function may write to it, and keep it."""
-    return [t.clone() for t in tensors_of(arrays)]
+    try:
+        return [export(a).clone() for a in arrays]
+    except (TypeError, ValueError, RuntimeError, BufferError):
+        return [t.clone() for t in tensors_of(arrays)]  # a Python number, an array on several devices, or one to refuse
 
 
 def tensors_of(arrays: Sequence[Any]) -> list[torch.Tensor]:
-    """Tensors over the memory of arrays; raises for one that can't cross."""
+    """Tensors over the memory of arrays, gathered if they are on several devices; raises for one that can't cross."""
+    if any(isinstance(a, jax.Array) and len(a.sharding.device_set) > 1 for a in arrays):
+        warn_gathered()
     tensors: list[torch.Tensor] = []
     for index, array in enumerate(arrays):
         try:
@@ -156,6 +164,22 @@ def tensors_of(arrays: Sequence[Any]) -> list[torch.Tensor]:
         except InteropError as error:
             raise error.at(index)  # noqa: B904 - the same error, located
     return tensors
+
+
+_warned = False
+
+
+def warn_gathered() -> None:
+    """Say once in a process that an array on several devices is not computed on where it is."""
+    global _warned  # noqa: PLW0603 - once in a process
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            "a torch function was given an array on several devices: it is gathered, and the function computes on the "
+            "whole of it. Use jax.shard_map to compute on each shard",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def results_to_arrays(outs: Sequence[torch.Tensor], structure: Static) -> list[jax.Array]:
@@ -183,7 +207,8 @@ def result_to_array(t: torch.Tensor) -> jax.Array:
         and t.layout is torch.strided
         and not (t.is_neg() or t.is_conj())
     ):
-        return import_tensor(t.detach().clone(memory_format=torch.contiguous_format))
+        t = t.detach() if t.requires_grad else t
+        return import_tensor(t.clone(memory_format=torch.contiguous_format))
     x64 = x64_enabled()
     refuse_wide_float(t.dtype, t)
     t = resolve(t.detach())
