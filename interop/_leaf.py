@@ -297,8 +297,9 @@ def array_to_tensor(a: Any) -> torch.Tensor:
 
 def local(a: Any) -> jax.Array:
     """The array on one device, checked to be one that torch can hold."""
-    if type(a) is jax_private.ArrayImpl and a.dtype in TORCH_OF and type(a.sharding) is SingleDeviceSharding:
-        return a  # one that was deleted can't be exported, and says so
+    is_there = type(a) is jax_private.ArrayImpl and not a.is_deleted()
+    if is_there and a.dtype in TORCH_OF and type(a.sharding) is SingleDeviceSharding:
+        return a
     if isinstance(a, jax.core.Tracer):
         raise LeafError(f"a tracer ({describe(a)}) has no values to share", hint="Stack @jittable and @as_jax")
     if not isinstance(a, jax.Array):  # JAX's rules meet Python numbers too; its own conversion would be traced there
