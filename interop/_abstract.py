@@ -62,7 +62,8 @@ def infer_torch(flat: Flat, avals: Sequence[Aval]) -> Outputs:
     """
     watch = torch_private.RandomnessWatch()
     try:
-        with torch_private.fake_mode(), watch, torch.no_grad():
+        # In anomaly mode a derivative would look at values.
+        with torch_private.fake_mode(), watch, torch.no_grad(), torch.autograd.set_detect_anomaly(mode=False):
             fakes = [torch.empty(aval.shape, dtype=TORCH_OF[aval.dtype]) for aval in avals]
             outs, structure = flat.fn(*fakes)
             found = tuple(Aval(tuple(out.shape), NUMPY_OF[out.dtype]) for out in outs)

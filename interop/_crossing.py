@@ -37,10 +37,12 @@ from interop._leaf import (
     torch_dtype,
     x64_enabled,
 )
-from interop._marshal import Kind, Marshaller, Spec, Tree, flatten
+from interop._marshal import SINGLE_TENSOR, Kind, Marshaller, Spec, Tree, flatten
 from interop._module import ModuleFunction
 from interop._side import JAX, TORCH, Leaf, Leaves, Side
 from interop._signature import signature_of, translate_signature
+
+is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 # What JAX raises when a trace needs the value of a number.
 _NEEDS_VALUE = (
@@ -178,7 +180,9 @@ class Entry:
         dynamic = [i for i, kind in enumerate(spec.kinds) if numbers is None or kind is not Kind.NUMBER]
         promised = None if record.example_output is None else _promise(record, spec, numbers)
 
-        plain = (Kind.TENSOR,) if guest is TORCH else None  # what needs no conversion: by far the commonest
+        # One tensor needs no conversion, and is by far the commonest result of torch.
+        plain = SINGLE_TENSOR if guest is TORCH else None
+        structure = Static(plain)
 
         def fn(*leaves: Leaf) -> tuple[Leaves, Static]:
             every = leaves if numbers is None else _merged(spec.kinds, leaves, numbers)
@@ -186,8 +190,8 @@ class Entry:
             outs, tree = flatten(function(*args, **kwargs), numbers_static=True)
             if promised is not None and guest is JAX:
                 check_promise(outs, promised(tuple(map(aval_of, leaves))).avals, record.name)
-            if tree.kinds == plain:
-                return tuple(outs), Static(tree)
+            if tree is plain:
+                return tuple(outs), structure
             return tuple(
                 _result(guest, out, kind, tree, i) for i, (out, kind) in enumerate(zip(outs, tree.kinds, strict=True))
             ), Static(tree)
@@ -409,11 +413,10 @@ class Crossing(_Signed, wrapt.FunctionWrapper):  # type: ignore[misc, type-arg]
         self._self_method = _Method(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():
+        if is_dynamo_compiling():
             return _compiled.call(self._self_token, self._self_record.jittable, args, kwargs)
-        if self._self_entry is None:
-            return self.__wrapped__(*args, **kwargs)
-        return self._self_entry(args, kwargs)
+        entry = self._self_entry
+        return self.__wrapped__(*args, **kwargs) if entry is None else entry(args, kwargs)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         # Dynamo can't bind through wrapt; a partial of a plain object it can follow.

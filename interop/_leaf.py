@@ -163,7 +163,7 @@ def torch_device(device: Any) -> torch.device:
 PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
 _CPU = torch.device("cpu")
 _DIRECT = frozenset(NUMPY_OF) - WIDE_FLOATS - {torch.int64, torch.uint64, torch.complex64}
-_import, _capsule_of = jax_private.import_tensor, torch_private.capsule_of
+_import_capsule, _capsule_of = jax_private.import_capsule, torch_private.capsule_of
 
 
 def tensor_to_array(t: torch.Tensor, *, x64: bool = False) -> jax.Array:
@@ -187,7 +187,11 @@ def tensor_to_array(t: torch.Tensor, *, x64: bool = False) -> jax.Array:
 
 def import_tensor(t: torch.Tensor) -> jax.Array:
     """An array over the memory of a tensor that is known to be fit for it."""
-    return _import(t, _capsule_of, jax_device(t.device))
+    device = _DEVICES.get(t.device) or jax_device(t.device)
+    if _import_capsule is None:
+        with jax.enable_x64(True):  # the public protocol would narrow 64 bits in silence
+            return jax.device_put(jax.dlpack.from_dlpack(t), device)
+    return _import_capsule(_capsule_of(t), device, None)
 
 
 def argument_of(t: torch.Tensor, *, x64: bool) -> Any:

@@ -439,7 +439,8 @@ def flatten(tree: object, *, numbers_static: bool = False) -> tuple[list[Any], T
     return flattener.leaves, Tree(tuple(flattener.tokens))
 
 
-_SINGLE: dict[type, Tree] = {torch.Tensor: Tree((Kind.TENSOR,)), torch.nn.Parameter: Tree((Kind.TENSOR,))}
+SINGLE_TENSOR = Tree((Kind.TENSOR,))
+_SINGLE: dict[type, Tree] = {torch.Tensor: SINGLE_TENSOR, torch.nn.Parameter: SINGLE_TENSOR}
 
 
 def where(tree: object) -> str:

@@ -5,7 +5,8 @@ Every block is the shortest program that gave a wrong number, a crash or a hang 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -407,6 +408,53 @@ def test_a_dual_tensor_keeps_its_tangent() -> None:
         assert (out.item(), tangent.item()) == (9, 6)
         with pytest.raises(interop.NotDifferentiableError):
             as_torch(lambda a: a * a)(dual)
+
+
+# --- modes of the thread ----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _double_by_default() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+MODES: dict[str, Callable[[], Any]] = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "another default dtype": _double_by_default,
+    "another default device": lambda: torch.device("meta"),
+    "anomaly mode": lambda: torch.autograd.set_detect_anomaly(mode=True, check_nan=True),
+    "disable_jit": jax.disable_jit,
+    "enable_x64": lambda: jax.enable_x64(True),
+    "checking_leaks": jax.checking_leaks,
+    "debug_nans": lambda: jax.debug_nans(True),
+}
+
+ASKED: dict[str, Callable[[Callable[..., Any], jax.Array], Any]] = {
+    "call": lambda f, a: f(a),
+    "jit": lambda f, a: jax.jit(f)(a),
+    "grad": lambda f, a: jax.grad(f)(a),
+    "jit of grad": lambda f, a: jax.jit(jax.grad(f))(a),
+    "vmap of grad": lambda f, a: jax.vmap(jax.grad(f))(a[None])[0],
+    "hessian": lambda f, a: jax.hessian(f)(a),
+    "checkpoint": lambda f, a: jax.grad(jax.checkpoint(f))(a),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+@pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_a_mode_of_the_thread_changes_no_result(mode: Callable[[], Any], asked: Callable[..., Any]) -> None:
+    """A gradient that was asked for is the gradient, also where torch records none by itself."""
+    a = jnp.arange(1.0, 4.0)
+    expected = asked(lambda x: (x**3).sum(), a)
+    with mode():
+        got = asked(levels(as_jax(lambda t: (t**3).sum())), a)
+    assert got.tolist() == expected.tolist()
 
 
 # --- what escapes a callback ------------------------------------------------------------------------------------------

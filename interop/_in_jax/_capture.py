@@ -74,7 +74,9 @@ def capture(flat: TorchFlat, avals: tuple[Aval, ...], active: Mask) -> Capture |
 
 def _try_capture(flat: TorchFlat, avals: tuple[Aval, ...], active: Mask) -> Capture | None:
     try:
-        return _capture(flat, avals, active)
+        # In inference mode nothing is recorded, and every gradient would be zero; anomaly mode looks at values.
+        with torch.inference_mode(mode=False), torch.autograd.set_detect_anomaly(mode=False):
+            return _capture(flat, avals, active)
     except Exception as error:  # noqa: BLE001 - whatever a tracer meets; the recomputed gradient is right all the same
         _log.debug("%s: gradient recomputed, not captured (%s: %s)", flat.name, type(error).__name__, error)
         return None
