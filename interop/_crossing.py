@@ -7,7 +7,6 @@ can't matter.
 from __future__ import annotations
 
 import copy
-import enum
 import functools
 import importlib
 import inspect
@@ -103,6 +102,7 @@ class Entry:
         self.host: Side = record.host or TORCH
         self.marshaller = Marshaller(record.function, name=record.name, static_argnames=record.static_argnames)
         self.flatten_call = self.marshaller.flatten_call
+        self.own = Kind.TENSOR if self.host is TORCH else Kind.ARRAY
         self.engine_call: Any = (_in_torch if self.host is TORCH else _in_jax).call
         # In JAX a Python number is data of the call, given as it is. In torch it is dynamic until a trace needs its
         # value.
@@ -129,48 +129,43 @@ class Entry:
             raise self._number_too_large(leaves, spec, error) from None
 
     def _call(self, leaves: list[Leaf], spec: Spec) -> Any:
-        kind = spec.memo.get("kind") or spec.memo.setdefault("kind", _kind_of_call(spec, self.host))
-        if kind is _CallKind.DIRECT:
+        """A call whose leaves may need converting, and whose numbers may have to be constants."""
+        kinds = set(spec.kinds)
+        impls: tuple[str | None, ...] = ()
+        if kinds <= {self.own}:
             flat = spec.memo["direct"] = self._flat(spec)
             return self.engine_call(flat, leaves)
-        if kind is _CallKind.CONVERTED:
-            return self._call_converted(leaves, spec)
-        if self.bakes_numbers:
-            return self._call_baked(leaves, spec)
-        flat = spec.memo.get("flat") or spec.memo.setdefault("flat", self._flat(spec))
-        try:
-            return self.engine_call(flat, leaves)
-        except (TypeError, *_NEEDS_VALUE) as error:
-            if not _needs_value(error):
-                raise
-        result = self._call_baked(leaves, spec)
+        if not kinds <= {self.own, Kind.NUMBER}:
+            leaves, impls = self._converted(leaves, spec)
+        if Kind.NUMBER not in kinds or not self.bakes_numbers:
+            flat = _bounded(spec.memo, ("flat", impls), lambda: self._flat(spec, impls=impls))
+            try:
+                return self.engine_call(flat, leaves)
+            except (TypeError, *_NEEDS_VALUE) as error:
+                if Kind.NUMBER not in kinds or not _needs_value(error):
+                    raise
+        result = self._call_baked(leaves, spec, impls)
         self.bakes_numbers = True  # remembered because it helped: any other error is the user's
         return result
 
-    def _call_converted(self, leaves: list[Leaf], spec: Spec) -> Any:
-        """A call with leaves that are not the host's own: arrays of the guest, of numpy, keys."""
-        key = tuple(
-            str(jax.random.key_impl(x)) if k is Kind.KEY else None for x, k in zip(leaves, spec.kinds, strict=True)
-        )
-        given = [
-            _given(self.host, leaf, kind, i) for i, (leaf, kind) in enumerate(zip(leaves, spec.kinds, strict=True))
-        ]
-        if Kind.NUMBER in spec.kinds and self.bakes_numbers:
-            return self._call_baked(given, spec, key)
-        flat = _bounded(spec.memo, ("flat", key), lambda: self._flat(spec, impls=key))
-        return self.engine_call(flat, given)
+    def _converted(self, leaves: list[Leaf], spec: Spec) -> tuple[list[Leaf], tuple[str | None, ...]]:
+        """The leaves as the host's own (arrays of the guest, of numpy, keys), and the implementations of the keys."""
+        pairs = list(zip(leaves, spec.kinds, strict=True))
+        impls = tuple(str(jax.random.key_impl(leaf)) if kind is Kind.KEY else None for leaf, kind in pairs)
+        return [_given(self.host, leaf, kind, index) for index, (leaf, kind) in enumerate(pairs)], impls
 
-    def _call_baked(self, leaves: list[Leaf], spec: Spec, impls: tuple[str | None, ...] = ()) -> Any:
+    def _call_baked(self, leaves: list[Leaf], spec: Spec, impls: tuple[str | None, ...]) -> Any:
         """A call whose Python numbers are constants of the flat function."""
-        numbers = tuple(leaf for leaf, kind in zip(leaves, spec.kinds, strict=True) if kind is Kind.NUMBER)
-        rest = [leaf for leaf, kind in zip(leaves, spec.kinds, strict=True) if kind is not Kind.NUMBER]
+        pairs = list(zip(leaves, spec.kinds, strict=True))
+        numbers = tuple(leaf for leaf, kind in pairs if kind is Kind.NUMBER)
+        rest = [leaf for leaf, kind in pairs if kind is not Kind.NUMBER]
         key = ("baked", tuple((type(n), repr(n)) for n in numbers), impls)
         return self.engine_call(_bounded(spec.memo, key, lambda: self._flat(spec, numbers, impls)), rest)
 
     def _number_too_large(self, leaves: list[Leaf], spec: Any, error: OverflowError) -> OverflowError:
         """JAX's refusal of a Python integer in the words of the library; any other error is the user's."""
         for index, kind in enumerate(spec.kinds):
-            if kind is Kind.NUMBER and isinstance(leaves[index], int) and not -(2**31) <= leaves[index] < 2**31:
+            if kind is Kind.NUMBER and not x64_enabled() and _is_wide(leaves[index]):
                 return _located(too_large(leaves[index]).at(index), self.record.name, spec)  # type: ignore[return-value]
         return error
 
@@ -202,25 +197,13 @@ class Entry:
         return kind(guest, fn, record.name, levels, nondiff, lambda i: spec.path(dynamic[i]))
 
 
+def _is_wide(number: complex) -> bool:
+    return isinstance(number, int) and not -(2**31) <= number < 2**31
+
+
 def _needs_value(error: Exception) -> bool:
     """Whether a trace failed for the want of a number's value: a shape, a branch, a member of a set."""
     return isinstance(error, _NEEDS_VALUE) or "Tracer" in str(error) or "concrete" in str(error)
-
-
-class _CallKind(enum.Enum):
-    """What has to be done with the leaves of a call before the engine takes them."""
-
-    DIRECT = 1  # nothing: all are the host's own
-    NUMBERS = 2  # some are Python numbers
-    CONVERTED = 3  # some belong to the guest, to numpy, or are keys
-
-
-def _kind_of_call(spec: Spec, host: Side) -> _CallKind:
-    own = {Kind.TENSOR if host is TORCH else Kind.ARRAY}
-    kinds = set(spec.kinds)
-    if kinds <= own:
-        return _CallKind.DIRECT
-    return _CallKind.NUMBERS if kinds <= own | {Kind.NUMBER} else _CallKind.CONVERTED
 
 
 def _bounded(memo: dict[Any, Any], key: Any, make: Callable[[], Any], capacity: int = 64) -> Any:
