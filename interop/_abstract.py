@@ -88,5 +88,16 @@ def check_promise(results: Sequence[Any], promised: Sequence[Aval], name: str) -
         raise error
 
 
+def check_structure(got: Static, promised: Static, name: str) -> None:
+    """Raise `OutputMismatchError` unless the result is the pytree that was promised."""
+    if not promised.value.matches(got.value):
+        error = OutputMismatchError(
+            "the result is another pytree than was promised for it",
+            hint="Correct example_output, or return what it says",
+        )
+        error.function = name
+        raise error
+
+
 def _list(avals: Sequence[Aval]) -> str:
     return f"({', '.join(map(str, avals))})"

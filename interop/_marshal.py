@@ -392,6 +392,11 @@ class Tree:
     def __hash__(self) -> int:
         return self._hash
 
+    def matches(self, other: Tree) -> bool:
+        """Whether the other has the same containers and statics, whatever kinds of leaves."""
+        mine, theirs = ([Kind if type(token) is Kind else token for token in tree.tokens] for tree in (self, other))
+        return mine == theirs
+
     def unflatten(self, leaves: Sequence[Any]) -> Any:
         """The pytree with these dynamic leaves."""
         return leaves[0] if self.single else _build(iter(self.tokens), iter(leaves))

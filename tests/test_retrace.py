@@ -175,6 +175,18 @@ def test_torch_compile_does_not_recompile() -> None:
     assert added(f, lambda: compiled(torch.ones(3))) == 0
 
 
+@pytest.mark.xfail(
+    strict=True, reason="Dynamo hands a number that changes to us as a symbol, which is taken for a static"
+)
+@pytest.mark.parametrize("numbers", [(1.5, 2.5, 3.5, 4.5), (2, 3, 4, 5)], ids=["float", "int"])
+def test_a_number_that_changes_inside_torch_compile(numbers: tuple[complex, ...]) -> None:
+    g = levels(as_torch(lambda x, k: x * k))
+    counter = CompileCounter()
+    compiled = torch.compile(lambda x, k: g(x, k), backend=counter, fullgraph=True)
+    assert [compiled(torch.ones(()), k).item() for k in numbers] == list(numbers)
+    assert counter.frame_count <= 2
+
+
 # --- a torch function in JAX ------------------------------------------------------------------------------------------
 
 

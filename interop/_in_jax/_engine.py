@@ -29,7 +29,7 @@ from interop._derive import Mask, Static, fill, pick
 from interop._errors import NotDifferentiableError, NotJittableError, UnsupportedError
 from interop._in_jax import _live
 from interop._in_jax._capture import Capture, capture
-from interop._in_jax._flat import TorchFlat, callback, run, warn_gathered
+from interop._in_jax._flat import TorchFlat, callback, is_inexact, run, warn_gathered
 from interop._private import jax as jax_private
 from interop._side import Leaf
 
@@ -118,10 +118,6 @@ def _shaped(avals: Sequence[Aval], like: Sequence[Any]) -> list[Any]:
     return [jax_private.shaped_array(aval.shape, aval.dtype, tuple(like)) for aval in avals]
 
 
-def _inexact(aval: Any) -> bool:
-    return bool(jax.dtypes.issubdtype(aval.dtype, np.inexact))
-
-
 def _call_avals(*ins: Any, flat: TorchFlat) -> list[Any]:
     return _shaped(flat.pure_outputs(tuple(map(aval_of, ins))).avals, ins)
 
@@ -134,7 +130,7 @@ def _forward_avals(*ins: Any, flat: TorchFlat, active: Mask, cut: Capture) -> li
 def _linear_avals(*ins: Any, flat: TorchFlat, active: Mask, source: Any) -> list[Any]:
     primals = _split(ins, active, source)[1]
     outs = flat.outputs(tuple(map(aval_of, primals))).avals
-    return _shaped([out for out in outs if _inexact(out)], ins)
+    return _shaped([out for out in outs if is_inexact(out)], ins)
 
 
 def _backward_avals(*ins: Any, flat: TorchFlat, active: Mask, cut: Capture) -> list[Any]:
@@ -184,7 +180,7 @@ def _linear(
     """The tangents of the outputs: those of the inexact ones through `torch_linear`, zero for the others."""
     operands = jax_private.vary([*residuals, *primals, *tangents])
     moved = iter(torch_linear.bind(*operands, flat=flat, active=active, source=source))
-    return [next(moved) if _inexact(out) else _Zero(jax.typeof(out).to_tangent_aval()) for out in outs]
+    return [next(moved) if is_inexact(out) else _Zero(jax.typeof(out).to_tangent_aval()) for out in outs]
 
 
 def _forward_jvp(primals: Any, tangents: Any, *, flat: TorchFlat, active: Mask, cut: Capture) -> Any:
@@ -231,7 +227,7 @@ def _vjp(flat: TorchFlat, primals: Sequence[Any], active: Mask, present: Mask | 
     """The transpose by recomputing. `present` is over the inexact outputs, all of them if None."""
     outs = flat.pure_outputs(tuple(map(aval_of, primals))).avals
     here = iter(present or (True,) * len(outs))
-    return flat.vjp(active, tuple(next(here) if _inexact(out) else False for out in outs))
+    return flat.vjp(active, tuple(next(here) if is_inexact(out) else False for out in outs))
 
 
 def _backward_jvp(primals: Any, tangents: Any, *, flat: TorchFlat, active: Mask, cut: Capture) -> Any:
@@ -280,7 +276,7 @@ def _outputs(flat: TorchFlat, args: Sequence[Any], dims: Sequence[Any]) -> int:
         Aval(tuple(n for i, n in enumerate(x.shape) if i != d), np.dtype(x.dtype))
         for x, d in zip(args, dims, strict=True)
     ]
-    return sum(map(_inexact, flat.outputs(tuple(example)).avals))
+    return sum(map(is_inexact, flat.outputs(tuple(example)).avals))
 
 
 def _linear_vmap(args: Any, dims: Any, *, flat: TorchFlat, active: Mask, source: Any) -> Any:
@@ -343,7 +339,9 @@ def _lowering(flat_of: Callable[..., TorchFlat], operands_of: Callable[..., Sequ
     def emit(*ins: Any, out_avals: Sequence[Aval], flat: TorchFlat, **params: Any) -> Any:
         target = flat_of(flat=flat, **params)
         structs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in out_avals]
-        body = callback(target, out_avals, trusted=trusted)
+        promised = target.levels.example_output and not trusted
+        structure = target.outputs(tuple(map(aval_of, ins))).structure if promised else None
+        body = callback(target, out_avals, structure, trusted=trusted)
         return buffer_callback(body, structs)(*operands_of(ins, **params))
 
     def lower(context: Any, *ins: Any, flat: TorchFlat, **params: Any) -> Any:

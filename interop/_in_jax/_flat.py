@@ -8,14 +8,14 @@ import threading
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
 import torch
 
-from interop._abstract import Aval, Outputs, check_promise, infer_torch
-from interop._derive import Axes, Flat, Static, derive_vmap
+from interop._abstract import Aval, Outputs, check_promise, check_structure, infer_torch
+from interop._derive import NOTHING, Axes, Flat, Mask, Static, derive_vmap
 from interop._errors import AbstractEvalError, InteropError, PrecisionError, UnsupportedError
 from interop._leaf import (
     NUMPY_OF,
@@ -43,16 +43,18 @@ class TorchFlat(Flat):
 
     Attributes:
         origin: of a function over a batch, the function of one example: they share the structure of their outputs.
+        known: of a derived function, its outputs, which follow from those of the function it is derived from.
     """
 
     origin: TorchFlat | None = None
+    known: Callable[[Sequence[Aval]], Outputs] | None = None
 
     def outputs(self, avals: tuple[Aval, ...]) -> Outputs:
         """What is known of the outputs for inputs of these avals, in the dtypes that JAX keeps."""
         return self.memo(("outputs", avals, x64_enabled()), lambda: self._outputs(avals))
 
     def _outputs(self, avals: tuple[Aval, ...]) -> Outputs:
-        promised: Callable[[Sequence[Aval]], Outputs] | None = self.levels.example_output
+        promised: Callable[[Sequence[Aval]], Outputs] | None = self.known or self.levels.example_output
         found = promised(avals) if promised else infer_torch(self, avals)
         kept: list[Aval] = []
         for index, aval in enumerate(found.avals):
@@ -66,17 +68,30 @@ class TorchFlat(Flat):
         """The same, for a trace; raises for a function that draws random numbers: a trace would merge them."""
         found = self.outputs(avals)
         if found.random:
-            raise UnsupportedError(
-                "it draws random numbers, which is not supported under a trace yet",
-                hint="Draw them outside and pass them in, or call it eagerly",
-            )
+            raise _random(self)
         return found
 
-    def vmap(self, in_axes: Axes) -> TorchFlat:
+    def jvp(self, nonzero: Mask) -> Self:
+        """The derivative along tangents, whose outputs look like the inexact ones of the function."""
+        jvp = super().jvp(nonzero)
+        jvp.known = lambda avals: _some(self.outputs(tuple(avals[: len(nonzero)])), is_inexact)
+        return jvp
+
+    def vjp(self, nonzero: Mask, present: Mask) -> Self:
+        """The transpose, whose outputs look like the primals."""
+        vjp = super().vjp(nonzero, present)
+        vjp.known = lambda avals: replace(
+            self.outputs(tuple(avals[: len(nonzero)])),
+            avals=tuple(aval for aval, active in zip(avals, nonzero, strict=False) if active),
+            structure=NOTHING,
+        )
+        return vjp
+
+    def vmap(self, in_axes: Axes) -> Self:
         """The function over a batch: by `torch.func.vmap`, or by a loop where asked for, or torch has no rule."""
         return self.memo(("vmap", in_axes), lambda: self._vmapped(in_axes))
 
-    def _vmapped(self, in_axes: Axes) -> TorchFlat:
+    def _vmapped(self, in_axes: Axes) -> Self:
         loop, by_rule = _loop(self, in_axes), derive_vmap(self, in_axes)
 
         def fn(*leaves: Leaf) -> tuple[Leaves, Static]:
@@ -92,7 +107,26 @@ class TorchFlat(Flat):
 
         batched = self.derived("vmap", fn)
         batched.origin = self.origin or self
+        batched.known = lambda avals: _batched(self, avals, in_axes)
         return batched
+
+
+def is_inexact(aval: Any) -> bool:
+    """Whether a leaf of this aval has a derivative."""
+    return bool(jax.dtypes.issubdtype(aval.dtype, np.inexact))
+
+
+def _some(outputs: Outputs, chosen: Callable[[Aval], bool]) -> Outputs:
+    return replace(outputs, avals=tuple(filter(chosen, outputs.avals)), structure=NOTHING)
+
+
+def _batched(flat: TorchFlat, avals: Sequence[Aval], in_axes: Axes) -> Outputs:
+    """The outputs over a batch, from those of one example."""
+    pairs = list(zip(avals, in_axes, strict=True))
+    size = next(aval.shape[axis] for aval, axis in pairs if axis is not None)
+    example = [Aval(tuple(n for i, n in enumerate(aval.shape) if i != axis), aval.dtype) for aval, axis in pairs]
+    outputs = flat.outputs(tuple(example))
+    return replace(outputs, avals=tuple(Aval((size, *aval.shape), aval.dtype) for aval in outputs.avals))
 
 
 def _kept(aval: Aval) -> np.dtype[Any]:
@@ -139,7 +173,9 @@ def run(flat: Flat, arrays: Sequence[jax.Array]) -> tuple[list[jax.Array], Stati
     try:
         outs, structure = flat.fn(*own(arrays))
         if flat.levels.example_output is not None:
-            check_promise(outs, flat.levels.example_output(tuple(map(_aval, arrays))).avals, flat.name)
+            promised = flat.levels.example_output(tuple(map(_aval, arrays)))
+            check_promise(outs, promised.avals, flat.name)
+            check_structure(structure, promised.structure, flat.name)
         return results_to_arrays(outs, structure), structure
     finally:
         set_grad_enabled(graph)
@@ -227,8 +263,11 @@ def _aval(array: Any) -> Aval:
 _lock = threading.RLock()
 
 
-def callback(flat: Flat, avals: Sequence[Aval], *, trusted: bool) -> Callable[..., None]:
-    """The body of a `buffer_callback`. A trusted function is a graph of ours: it keeps and writes nothing."""
+def callback(flat: Flat, avals: Sequence[Aval], structure: Static | None, *, trusted: bool) -> Callable[..., None]:
+    """The body of a `buffer_callback`; a promised structure is checked.
+
+    A trusted function is a graph of ours: it keeps and writes nothing.
+    """
     state = TorchState.now()
 
     def body(_: Any, outs: Any, *buffers: Any) -> None:
@@ -238,10 +277,31 @@ def callback(flat: Flat, avals: Sequence[Aval], *, trusted: bool) -> Callable[..
                 results = flat.leaves(*ins)
             else:
                 with _lock:
-                    results = flat.leaves(*[t.clone() for t in ins])
+                    results = _run_untrusted(flat, [t.clone() for t in ins], structure)
             _write(results, outs, avals, flat.name)
 
     return body
+
+
+def _run_untrusted(flat: Flat, ins: list[torch.Tensor], promised: Static | None) -> Leaves:
+    """Run a function of the user; one that could not be inferred is watched instead."""
+    if promised is None:
+        return flat.leaves(*ins)
+    before = torch.get_rng_state()
+    results, structure = flat.fn(*ins)
+    check_structure(structure, promised, flat.name)
+    if not torch.equal(before, torch.get_rng_state()):
+        raise _random(flat)
+    return results
+
+
+def _random(flat: Flat) -> UnsupportedError:
+    error = UnsupportedError(
+        "it draws random numbers, which is not supported under a trace yet",
+        hint="Draw them outside and pass them in, or call it eagerly",
+    )
+    error.function = flat.name
+    return error
 
 
 def export_buffer(buffer: Any) -> torch.Tensor:
