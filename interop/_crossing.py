@@ -176,20 +176,27 @@ class Entry:
         promised = None if record.example_output is None else _promise(record, spec, numbers)
 
         # One tensor needs no conversion, and is by far the commonest result of torch.
-        plain = SINGLE_TENSOR if guest is TORCH else None
-        structure = Static(plain)
+        single = torch.Tensor if guest is TORCH else None
+        structure = Static(SINGLE_TENSOR)
+
+        def flat_result(result: Any) -> tuple[Leaves, Static]:
+            if type(result) is single:
+                return (result,), structure
+            outs, tree = flatten(result, numbers_static=True)
+            return tuple(
+                _result(guest, out, kind, tree, i) for i, (out, kind) in enumerate(zip(outs, tree.kinds, strict=True))
+            ), Static(tree)
 
         def fn(*leaves: Leaf) -> tuple[Leaves, Static]:
             every = leaves if numbers is None else _merged(spec.kinds, leaves, numbers)
             args, kwargs = spec.unflatten(_keys_wrapped(every, impls))
-            outs, tree = flatten(function(*args, **kwargs), numbers_static=True)
+            outs, tree = flat_result(function(*args, **kwargs))
             if promised is not None and guest is JAX:
                 check_promise(outs, promised(tuple(map(aval_of, leaves))).avals, record.name)
-            if tree is plain:
-                return tuple(outs), structure
-            return tuple(
-                _result(guest, out, kind, tree, i) for i, (out, kind) in enumerate(zip(outs, tree.kinds, strict=True))
-            ), Static(tree)
+            return outs, tree
+
+        if spec.plain and promised is None and numbers is None and not any(impls):
+            fn = lambda *leaves: flat_result(function(*leaves))  # noqa: E731 - the same, with nothing to put together
 
         levels = Levels(record.differentiable, record.jittable, promised, record.jit, record.vmap)
         nondiff = tuple(spec.argnames[i] in record.nondiff_argnames for i in dynamic) if record.nondiff_argnames else ()

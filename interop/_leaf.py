@@ -163,7 +163,7 @@ def torch_device(device: Any) -> torch.device:
 PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
 _CPU = torch.device("cpu")
 _DIRECT = frozenset(NUMPY_OF) - WIDE_FLOATS - {torch.int64, torch.uint64, torch.complex64}
-_import_capsule, _capsule_of = jax_private.import_capsule, torch_private.capsule_of
+_import_capsule, _capsule_of, _copy_of = jax_private.import_capsule, torch_private.capsule_of, jax_private.copy_of
 
 
 def tensor_to_array(t: torch.Tensor, *, x64: bool = False) -> jax.Array:
@@ -192,6 +192,12 @@ def import_tensor(t: torch.Tensor) -> jax.Array:
         with jax.enable_x64(True):  # the public protocol would narrow 64 bits in silence
             return jax.device_put(jax.dlpack.from_dlpack(t), device)
     return _import_capsule(_capsule_of(t), device, None)
+
+
+def copy_tensor(t: torch.Tensor) -> jax.Array:
+    """The values of a tensor that numpy can view, as an array of their own; raises for another as torch does."""
+    device = _DEVICES.get(_CPU) or jax_device(_CPU)
+    return _copy_of(t.numpy(), device)
 
 
 def argument_of(t: torch.Tensor, *, x64: bool) -> Any:

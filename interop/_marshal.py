@@ -40,7 +40,7 @@ class Kind(enum.IntEnum):
     STATIC = 5
 
 
-_NUMBERS = (int, float, complex)
+_STATIC = Kind.STATIC
 _KINDS: dict[type, Kind | None] = {  # None: a container, or not met yet
     torch.Tensor: Kind.TENSOR,
     torch.nn.Parameter: Kind.TENSOR,
@@ -464,9 +464,10 @@ class Spec:
         kinds: of the dynamic leaves, in order.
         argnames: the parameter that each dynamic leaf belongs to.
         memo: free for whoever calls: what was made for this structure.
+        plain: whether every argument is positional, and a leaf.
     """
 
-    __slots__ = ("_names", "_plain", "_positional", "_trees", "argnames", "kinds", "memo")
+    __slots__ = ("_names", "_positional", "_trees", "argnames", "kinds", "memo", "plain")
 
     def __init__(self, positional: int, names: tuple[str, ...], trees: tuple[Tree, ...]) -> None:
         self._positional = positional
@@ -475,11 +476,11 @@ class Spec:
         self.kinds = tuple(kind for tree in trees for kind in tree.kinds)
         self.argnames = tuple(n.partition("[")[0] for n, tree in zip(names, trees, strict=True) for _ in tree.kinds)
         self.memo: dict[Any, Any] = {}
-        self._plain = positional == len(trees) and all(tree.single for tree in trees)
+        self.plain = positional == len(trees) and all(tree.single for tree in trees)
 
     def unflatten(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments, as the function is to be called."""
-        if self._plain:
+        if self.plain:
             return tuple(leaves), {}
         rest = iter(leaves)
         values = [tree.unflatten([next(rest) for _ in tree.kinds]) for tree in self._trees]
@@ -512,13 +513,18 @@ class Marshaller:
         """
         positional, keywords = self.bind(*args, **kwargs)
         flattener = _Flattener(numbers_static=False)
-        add, tokens = flattener.add, flattener.tokens
+        add, leaves, tokens = flattener.add, flattener.leaves, flattener.tokens
         try:
             if self.static:
                 self._add_with_statics(flattener, positional, keywords)
             else:
                 for value in positional:
-                    add(value)
+                    kind = _KINDS.get(type(value))
+                    if kind is None or kind is _STATIC:
+                        add(value)
+                    else:  # what `add` does with a leaf, without its frame
+                        leaves.append(value)
+                        tokens.append(kind)
                 for name in keywords:
                     tokens.append(name)
                     add(keywords[name])
@@ -529,7 +535,7 @@ class Marshaller:
         spec = self.specs.get(key)
         if spec is None:
             spec = self._understand(key, positional, keywords)
-        return flattener.leaves, spec
+        return leaves, spec
 
     def _add_with_statics(self, flattener: _Flattener, positional: Sequence[Any], keywords: dict[str, Any]) -> None:
         for name, value in self._named(positional, keywords):

@@ -23,6 +23,7 @@ from interop._leaf import (
     WIDE_FLOATS,
     array_to_tensor,
     describe,
+    copy_tensor,
     export,
     import_tensor,
     jax_dtype,
@@ -30,9 +31,11 @@ from interop._leaf import (
     resolve,
     x64_enabled,
 )
+from interop._private import jax as jax_private
 from interop._private import torch as torch_private
 from interop._side import Leaf, Leaves
 
+_from_capsule, _capsule_of = torch_private.from_capsule, jax_private.capsule_of
 _log = logging.getLogger("interop")
 set_grad_enabled = torch_private.set_grad_enabled
 
@@ -184,7 +187,7 @@ def run(flat: Flat, arrays: Sequence[jax.Array]) -> tuple[list[jax.Array], Stati
 def own(arrays: Sequence[jax.Array]) -> list[torch.Tensor]:
     """Tensors with the values of arrays, in memory that nobody else has: the function may write to it, and keep it."""
     try:
-        return [export(a).clone() for a in arrays]
+        return [_from_capsule(_capsule_of(a)).clone() for a in arrays]  # `export`, without its frame
     except (TypeError, ValueError, RuntimeError, BufferError):
         return [t.clone() for t in tensors_of(arrays)]  # a Python number, an array on several devices, or one to refuse
 
@@ -220,12 +223,13 @@ def warn_gathered() -> None:
 
 def results_to_arrays(outs: Sequence[torch.Tensor], structure: Static) -> list[jax.Array]:
     """The results as arrays of their own; raises for one that can't cross."""
+    index = 0
     arrays: list[jax.Array] = []
-    for index, out in enumerate(outs):
-        try:
+    try:
+        for index, out in enumerate(outs):  # noqa: B007 - for the message
             arrays.append(result_to_array(out))
-        except InteropError as error:
-            raise in_result(error, structure, index)  # noqa: B904 - the same error, located
+    except InteropError as error:
+        raise in_result(error, structure, index)  # noqa: B904 - the same error, located
     return arrays
 
 
@@ -237,14 +241,11 @@ def in_result(error: InteropError, structure: Static, index: int) -> InteropErro
 
 def result_to_array(t: torch.Tensor) -> jax.Array:
     """A result as an array of its own: somebody may write to the tensor (a parameter, a cache, a view)."""
-    if (
-        type(t) is torch.Tensor
-        and t.dtype in NUMPY_READS
-        and t.layout is torch.strided
-        and not (t.is_neg() or t.is_conj())
-    ):
-        t = t.detach() if t.requires_grad else t
-        return import_tensor(t.clone(memory_format=torch.contiguous_format))
+    if type(t) is torch.Tensor and t.dtype in NUMPY_READS:
+        try:
+            return copy_tensor(t)
+        except (TypeError, RuntimeError):
+            pass  # with a graph, conjugated, sparse, on a GPU: below it is known which
     x64 = x64_enabled()
     refuse_wide_float(t.dtype, t)
     t = resolve(t.detach())
