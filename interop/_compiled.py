@@ -9,6 +9,7 @@ one afterwards.
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,7 +25,13 @@ _MARK = "\0interop:"  # no user's string starts so
 _ENTRIES: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 _tokens = itertools.count()
 _passed: dict[str, Any] = {}
-_structures: dict[str, Any] = {}
+
+
+class _Traced(threading.local):
+    structure: Any = None
+
+
+_traced = _Traced()
 
 
 def register(entry: Any) -> str:
@@ -40,9 +47,8 @@ def call(name: str, jittable: bool, args: Any, kwargs: Any) -> Any:
     if not jittable:
         return _eager(name, args, kwargs)
     args, kwargs = torch_pytree.tree_map(_encode, (args, kwargs))
-    token = str(_token())
-    outs = _opaque(name, token, args, kwargs)
-    return _rebuild(_structure(token), outs)
+    outs = _opaque(name, args, kwargs)
+    return _rebuild(_structure(), outs)
 
 
 def _encode(leaf: Any) -> Any:
@@ -65,10 +71,10 @@ def _rebuild(structure: Any, outs: Sequence[Any]) -> Any:
 # --- run by Dynamo, not traced ----------------------------------------------------------------------------------------
 
 
-def _opaque_body(name: str, token: str, args: Any, kwargs: Any) -> list[torch.Tensor]:
+def _opaque_body(name: str, args: Any, kwargs: Any) -> list[torch.Tensor]:
     args, kwargs = torch_pytree.tree_map(lambda x: _passed.get(x, x) if type(x) is str else x, (args, kwargs))
     outs, tree = _ENTRIES[name].flat_call(args, kwargs)
-    _structures[token] = _constant_structure(tree)
+    _traced.structure = _constant_structure(tree)
     return list(outs)
 
 
@@ -91,11 +97,6 @@ def _prepare() -> None:
 
 
 @torch_private.constant_result
-def _token() -> str:
-    return f"call{next(_tokens)}"
-
-
-@torch_private.constant_result
 def _intern(value: Any) -> str:
     name = f"{_MARK}{type(value).__qualname__}:{id(value)}"
     _passed[name] = value
@@ -103,8 +104,9 @@ def _intern(value: Any) -> str:
 
 
 @torch_private.constant_result
-def _structure(token: str) -> Any:
-    return _structures[token]
+def _structure() -> Any:
+    """Of the call just traced: Dynamo has run it once on fakes, in this thread."""
+    return _traced.structure
 
 
 def _constant_structure(tree: Tree | None) -> Any:

@@ -36,7 +36,7 @@ from interop._leaf import (
     torch_dtype,
     x64_enabled,
 )
-from interop._marshal import SINGLE_TENSOR, Kind, Marshaller, Spec, Tree, flatten
+from interop._marshal import SINGLE_TENSOR, Kind, Marshaller, Spec, Tree, find_closed_over, flatten
 from interop._module import ModuleFunction
 from interop._side import JAX, TORCH, Leaf, Leaves, Side
 from interop._signature import signature_of, translate_signature
@@ -157,7 +157,7 @@ class Entry:
     def _call_baked(self, leaves: list[Leaf], spec: Spec, impls: tuple[str | None, ...]) -> Any:
         """A call whose Python numbers are constants of the flat function."""
         pairs = list(zip(leaves, spec.kinds, strict=True))
-        numbers = tuple(leaf for leaf, kind in pairs if kind is Kind.NUMBER)
+        numbers = tuple(_concrete(leaf) for leaf, kind in pairs if kind is Kind.NUMBER)
         rest = [leaf for leaf, kind in pairs if kind is not Kind.NUMBER]
         key = ("baked", tuple((type(n), repr(n)) for n in numbers), impls)
         return self.engine_call(_bounded(spec.memo, key, lambda: self._flat(spec, numbers, impls)), rest)
@@ -201,7 +201,19 @@ class Entry:
         levels = Levels(record.differentiable, record.jittable, promised, record.jit, record.vmap)
         nondiff = tuple(spec.argnames[i] in record.nondiff_argnames for i in dynamic) if record.nondiff_argnames else ()
         kind: Any = _in_torch.JaxFlat if guest is JAX else _in_jax.TorchFlat
-        return kind(guest, fn, record.name, levels, nondiff, lambda i: spec.path(dynamic[i]))
+        lost = functools.partial(find_closed_over, function, _would_be_lost)
+        return kind(guest, fn, record.name, levels, nondiff, lambda i: spec.path(dynamic[i]), lost)
+
+
+def _concrete(number: Any) -> Any:
+    """A number that torch keeps open in a trace, fixed for that trace, with a guard of torch's own."""
+    return (
+        int(number)
+        if isinstance(number, torch.SymInt)
+        else float(number)
+        if isinstance(number, torch.SymFloat)
+        else number
+    )
 
 
 def _is_wide(number: complex) -> bool:
@@ -221,6 +233,10 @@ def _bounded(memo: dict[Any, Any], key: Any, make: Callable[[], Any], capacity: 
             del memo[next(k for k in memo if isinstance(k, tuple))]
         found = memo[key] = make()
     return found
+
+
+def _would_be_lost(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.requires_grad
 
 
 def _merged(kinds: tuple[Kind, ...], leaves: Leaves, numbers: tuple[Any, ...]) -> Leaves:
@@ -271,11 +287,21 @@ def _array_given(leaf: Leaf, kind: Kind) -> Any:
 
 def _result(guest: Side, out: Leaf, kind: Kind, tree: Tree, index: int) -> Leaf:
     """A leaf of a result as a leaf of the guest, of a dtype that can cross."""
+    try:
+        return _checked_result(guest, out, kind)
+    except InteropError as error:
+        error.result = error.result or tree.path(index)
+        raise
+
+
+def _checked_result(guest: Side, out: Leaf, kind: Kind) -> Leaf:
     own = Kind.ARRAY if guest is JAX else Kind.TENSOR
     if kind is Kind.NUMPY:
         return array_of_numpy(out) if guest is JAX else tensor_of_numpy(out)
     if kind is not own and not (guest is TORCH and kind is Kind.ARRAY):
-        raise LeafError(f"the result{tree.path(index)} is a {type(out).__name__}, which can't cross", got=describe(out))
+        if kind is Kind.KEY:
+            raise LeafError(f"a typed PRNG key ({out.dtype}) can't cross", hint="Return jax.random.key_data(key)")
+        raise LeafError(f"a {type(out).__name__} can't cross", got=describe(out))
     if guest is JAX:
         torch_dtype(out.dtype)
         return out

@@ -55,6 +55,7 @@ class Flat:
         levels: what was declared of it.
         nondiff: for each leaf, whether a derivative in it is refused.
         path: for each leaf, its argument path; computed when a message needs it.
+        lost: names a value that the function closes over and whose gradient would be lost, if there is one.
     """
 
     side: Side
@@ -63,6 +64,7 @@ class Flat:
     levels: Levels = Levels()
     nondiff: Mask = ()
     path: Callable[[int], str] | None = None
+    lost: Callable[[], str | None] | None = None
     memos: dict[Hashable, Any] = field(default_factory=dict[Hashable, Any], repr=False)
     lock: Any = field(default_factory=threading.RLock, repr=False)
 

@@ -43,8 +43,9 @@ class InteropError(Exception):
         self.result: str | None = None
 
     def __str__(self) -> str:
-        place = f"argument {self.argument}" if self.argument else f"result{self.result}" if self.result else None
-        where = [part for part in (self.function, place) if part]
+        argument = f"argument {self.argument}" if self.argument else None
+        result = f"result{self.result}" if self.result is not None else None
+        where = [part for part in (self.function, argument or result) if part]
         found = [f"{word} {part}" for word, part in (("got", self.got), ("expected", self.expected)) if part]
         head = ": ".join([*where, self.what])
         sentence = f"{head}: {', '.join(found)}" if found else head

@@ -8,6 +8,7 @@ in the user's hands: any dense layout is shared, and 64-bit values follow what J
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from jax.sharding import SingleDeviceSharding
 
-from interop._errors import DeviceError, ForkError, LeafError, NarrowingError
+from interop._errors import DeviceError, ForkError, LeafError, NarrowingError, NestedError
 from interop._private import jax as jax_private
 from interop._private import torch as torch_private
 
@@ -121,6 +122,25 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
+
+
+class _Nesting(threading.local):
+    foreign = False
+
+
+# Of this thread: whether it belongs to a compiled program of JAX that has called back into torch. Another program
+# could then wait for this one, which waits for it.
+NESTING = _Nesting()
+
+
+def refuse_nested() -> None:
+    """Raise where a JAX program would be started from another one that waits for it, unless programs run in turn."""
+    if not _config.read("jax_cpu_enable_async_dispatch"):
+        return
+    raise NestedError(
+        "a JAX function was called from torch inside a compiled JAX program, which can hang",
+        hint="Call jax.config.update('jax_cpu_enable_async_dispatch', False) before JAX starts, or call it outside jit",
+    )
 
 
 def jax_device(device: torch.device) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import collections.abc
 import dataclasses
+import dis
 import enum
 import functools
 import inspect
@@ -48,6 +49,8 @@ _KINDS: dict[type, Kind | None] = {  # None: a container, or not met yet
     int: Kind.NUMBER,
     float: Kind.NUMBER,
     complex: Kind.NUMBER,
+    torch.SymInt: Kind.NUMBER,
+    torch.SymFloat: Kind.NUMBER,
     bool: Kind.STATIC,
     str: Kind.STATIC,
     bytes: Kind.STATIC,
@@ -195,10 +198,14 @@ def _hidden(x: Any) -> str | None:
     if isinstance(x, set | frozenset | collections.abc.Mapping):
         inside += [(str(k), v) for k, v in (x.items() if isinstance(x, collections.abc.Mapping) else enumerate(x))]
     for name, value in inside:
-        found = _first_value(value)
+        found = _first(value, _is_value)
         if found is not None:
             return f"{describe(found[1])} in .{name}{found[0]}"
     return None
+
+
+def _is_value(x: Any) -> bool:
+    return isinstance(x, torch.Tensor | jax.Array | np.ndarray)
 
 
 def _slots(t: type) -> list[str]:
@@ -206,19 +213,56 @@ def _slots(t: type) -> list[str]:
     return [n for ns in names for n in ((ns,) if isinstance(ns, str) else ns) if not n.startswith("__")]
 
 
-def _first_value(x: Any, depth: int = 0) -> tuple[str, Any] | None:
-    """The first array in a container, and where it is."""
-    if isinstance(x, torch.Tensor | jax.Array | np.ndarray):
+def _first(x: Any, wanted: Callable[[Any], bool], depth: int = 0) -> tuple[str, Any] | None:
+    """The first value in a container that is wanted, and where it is."""
+    if wanted(x):
         return "", x
     if depth < _DEPTH and isinstance(x, dict | list | tuple | set | frozenset | collections.deque):
         for key, item in x.items() if isinstance(x, dict) else enumerate(x):
-            found = _first_value(item, depth + 1)
+            found = _first(item, wanted, depth + 1)
             if found:
                 return f"[{key!r}]{found[0]}", found[1]
     return None
 
 
 _DEPTH = 8  # deeper is the user's
+
+
+def find_closed_over(fn: Any, wanted: Callable[[Any], bool]) -> str | None:
+    """The name of a value that a function reads and is not given: of its closure, its globals, its `self`."""
+    while isinstance(fn, functools.partial):
+        found = _first(fn.args, wanted)
+        if found:
+            return f"argument{found[0]} of the partial"
+        fn = fn.func
+    owner = getattr(fn, "__self__", None) if isinstance(fn, types.MethodType) else fn
+    for name, value in _attributes(owner):
+        found = _first(value, wanted)
+        if found:
+            return f"self.{name}{found[0]}"
+    fn = getattr(fn, "__func__", fn)
+    if not isinstance(fn, types.FunctionType):
+        return None
+    cells = zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)
+    read = {name: cell.cell_contents for name, cell in cells if cell != types.CellType()}
+    read |= {name: fn.__globals__[name] for name in _globals_of(fn.__code__) if name in fn.__globals__}
+    for name, value in read.items():
+        found = _first(value, wanted)
+        if found:
+            return f"{name}{found[0]}"
+    return None
+
+
+@functools.lru_cache(maxsize=1024)
+def _globals_of(code: types.CodeType) -> tuple[str, ...]:
+    return tuple({i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"})
+
+
+def _attributes(x: Any) -> list[tuple[str, Any]]:
+    """The attributes of a plain object; the parameters of a module are constants of the function."""
+    if x is None or isinstance(x, torch.nn.Module | type | types.FunctionType):
+        return []
+    return [*getattr(x, "__dict__", {}).items(), *((n, getattr(x, n, None)) for n in _slots(type(x)))]
 
 
 # --- containers -------------------------------------------------------------------------------------------------------

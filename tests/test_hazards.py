@@ -519,3 +519,27 @@ def test_a_forked_child_is_told(run_python: Callable[..., str]) -> None:
         timeout=40,
     )
     assert out == "0\n"
+
+
+# --- modes of JAX -----------------------------------------------------------------------------------------------------
+
+
+def test_a_crossing_is_no_transfer_that_a_guard_forbids() -> None:
+    f = interop.differentiable(interop.as_torch(lambda x, k: (x * k).sum()))
+    x, a = torch.ones(3, requires_grad=True), jnp.ones(3)
+    with jax.transfer_guard("disallow"):
+        assert torch.autograd.grad(f(x, 2.0), x)[0].tolist() == [2, 2, 2]
+        assert float(interop.as_jax(torch.sum)(a)) == 3
+
+
+def test_outputs_are_new_and_gradients_right_without_jit() -> None:
+    """Not compiled, a function may return its input itself, and shows no trace in which residuals could be told apart."""
+    x, y = torch.ones(3), torch.ones(3, requires_grad=True)
+    f = interop.jittable(interop.differentiable(interop.as_torch(lambda x: x * x)))
+    with jax.disable_jit():
+        out = interop.as_torch(lambda x: x)(x)
+        x.zero_()
+        assert out.tolist() == [1, 1, 1]
+        assert torch.autograd.grad(f(y).sum(), y)[0].tolist() == [2, 2, 2]
+        compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+        assert torch.autograd.grad(compiled(y).sum(), y)[0].tolist() == [2, 2, 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -98,13 +99,54 @@ def test_a_stopped_gradient_asks_nothing() -> None:
     assert jax.grad(lambda b: f(jax.lax.stop_gradient(b)) * b.sum())(a).tolist() == [3, 3, 3]
 
 
-@pytest.mark.xfail(strict=True, reason="closures are not looked at yet")
-def test_a_gradient_that_a_closure_would_lose_raises() -> None:
+SHARED = torch.ones(3, requires_grad=True)
+
+
+class Holder:
+    """An object with a weight, and a method that reads it."""
+
+    def __init__(self) -> None:
+        self.weights = {"w": [torch.ones(3, requires_grad=True)]}
+
+    def energy(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * self.weights["w"][0]).sum()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.energy(x)
+
+
+def _closing_over(weight: Any) -> Callable[..., Any]:
+    return lambda x: (x * weight).sum()
+
+
+CLOSED_OVER: dict[str, tuple[Callable[..., Any], str]] = {
+    "closure": (_closing_over(SHARED), "weight requires grad"),
+    "global": (lambda x: (x * SHARED).sum(), "SHARED requires grad"),
+    "self": (Holder().energy, r"self.weights\['w'\]\[0\] requires grad"),
+    "callable": (Holder(), r"self.weights\['w'\]\[0\] requires grad"),
+    "partial": (functools.partial(lambda w, x: (w * x).sum(), SHARED), r"argument\[0\] of the partial requires grad"),
+}
+
+
+@pytest.mark.parametrize(("fn", "name"), CLOSED_OVER.values(), ids=CLOSED_OVER)
+def test_a_gradient_that_would_be_lost_raises(fn: Callable[..., Any], name: str) -> None:
     """A tensor that requires grad is no argument: no derivative could reach it."""
-    weight = torch.ones(3, requires_grad=True)
-    f = differentiable(as_jax(lambda x: (x * weight).sum()))
-    with pytest.raises(interop.NotDifferentiableError, match="weight"):
-        jax.grad(f)(a)
+    f = jittable(differentiable(as_jax(fn)))
+    assert f(a) == jax.jit(f)(a) == 3
+    for ask in (jax.grad(f), jax.jit(jax.grad(f))):
+        with pytest.raises(interop.NotDifferentiableError, match=name):
+            ask(a)
+
+
+def test_what_is_closed_over_without_grad_is_a_constant() -> None:
+    weight, net = torch.full((3,), 2.0), torch.nn.Linear(3, 1)
+    params = {"weight": torch.ones(1, 3), "bias": torch.ones(1)}
+    for fn, expected in {
+        _closing_over(weight): [2, 2, 2],
+        lambda x: torch.func.functional_call(net, params, (x,)).sum(): [1, 1, 1],
+        lambda x: net(x).sum(): net.weight[0].tolist(),
+    }.items():
+        assert jax.grad(differentiable(as_jax(fn)))(a).tolist() == expected
 
 
 # --- nondiff_argnames -------------------------------------------------------------------------------------------------
@@ -154,7 +196,6 @@ def test_a_trace_in_torch_names_the_decorator(trace: Callable[..., Any], crossin
         trace(crossing)
 
 
-@pytest.mark.xfail(strict=True, reason="the number becomes a real tensor, which torch refuses beside a fake one")
 def test_a_fake_tensor_beside_a_number() -> None:
     f = as_torch(lambda x, scale=2.0: x * scale)
     assert jittable(f)(_fake()).shape == (3,)

@@ -251,9 +251,6 @@ PROMISES: dict[str, Bad] = {
 }
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the result is refused for what it is under the trace, without its path or a way out"
-)
 @pytest.mark.parametrize(
     ("result", "text"),
     [

@@ -175,9 +175,6 @@ def test_torch_compile_does_not_recompile() -> None:
     assert added(f, lambda: compiled(torch.ones(3))) == 0
 
 
-@pytest.mark.xfail(
-    strict=True, reason="Dynamo hands a number that changes to us as a symbol, which is taken for a static"
-)
 @pytest.mark.parametrize("numbers", [(1.5, 2.5, 3.5, 4.5), (2, 3, 4, 5)], ids=["float", "int"])
 def test_a_number_that_changes_inside_torch_compile(numbers: tuple[complex, ...]) -> None:
     g = levels(as_torch(lambda x, k: x * k))

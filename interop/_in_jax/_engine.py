@@ -97,6 +97,13 @@ def check_differentiable(flat: TorchFlat, wanted: Sequence[bool]) -> None:
                 ),
                 index,
             )
+    lost = flat.lost() if flat.lost else None
+    if lost:
+        error = NotDifferentiableError(
+            f"{lost} requires grad, and is no argument: its gradient would be lost",
+            hint="Pass it as an argument, or detach it. Of a module: as_jax(module)",
+        )
+        raise _named_function(flat, error)
 
 
 def _named(flat: TorchFlat, error: Any, index: int) -> Any:

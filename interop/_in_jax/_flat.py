@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Generator, Sequence
@@ -18,13 +19,13 @@ from interop._abstract import Aval, Outputs, check_promise, check_structure, inf
 from interop._derive import NOTHING, Axes, Flat, Mask, Static, derive_vmap
 from interop._errors import AbstractEvalError, InteropError, PrecisionError, UnsupportedError
 from interop._leaf import (
+    NESTING,
     NUMPY_OF,
     NUMPY_READS,
     WIDE_FLOATS,
     array_to_tensor,
-    describe,
     copy_tensor,
-    export,
+    describe,
     import_tensor,
     jax_dtype,
     narrow,
@@ -235,7 +236,7 @@ def results_to_arrays(outs: Sequence[torch.Tensor], structure: Static) -> list[j
 
 def in_result(error: InteropError, structure: Static, index: int) -> InteropError:
     """The error, blaming this leaf of the result."""
-    error.result = structure.value.path(index) or " " if structure.value else None
+    error.result = structure.value.path(index) if structure.value else None
     return error
 
 
@@ -272,6 +273,8 @@ def callback(flat: Flat, avals: Sequence[Aval], structure: Static | None, *, tru
     state = TorchState.now()
 
     def body(_: Any, outs: Any, *buffers: Any) -> None:
+        # Nobody above but JAX's wrapper of this: a thread of XLA's own, and not the one that called the program.
+        NESTING.foreign = sys._getframe(1).f_back is None
         with state, torch.no_grad():
             ins = [export_buffer(b) for b in buffers]
             if trusted:
@@ -329,11 +332,17 @@ class TorchState:
     autocast: bool
     autocast_dtype: torch.dtype
     default_dtype: torch.dtype
+    default_device: torch.device
 
     @staticmethod
     def now() -> TorchState:
         """The state of this thread."""
-        return TorchState(torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.get_default_dtype())
+        return TorchState(
+            torch.is_autocast_enabled("cpu"),
+            torch.get_autocast_dtype("cpu"),
+            torch.get_default_dtype(),
+            torch.get_default_device(),
+        )
 
     def __enter__(self) -> None:
         _stacks.stack.append(self._entered())
@@ -348,6 +357,7 @@ class TorchState:
         if self != TorchState.now():
             stack.enter_context(torch.autocast("cpu", dtype=self.autocast_dtype, enabled=self.autocast))
             stack.enter_context(_default_dtype(self.default_dtype))
+            stack.enter_context(self.default_device)
         if _TINY * np.float32(1) == 0:
             torch.set_flush_denormal(False)
             stack.callback(torch.set_flush_denormal, True)
@@ -371,8 +381,3 @@ def _default_dtype(dtype: torch.dtype) -> Generator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def inside_callback() -> bool:
-    """Whether this thread is inside a callback of a compiled program."""
-    return bool(_stacks.stack)

@@ -20,6 +20,7 @@ from interop._derive import Static, fill
 from interop._errors import InteropError, NotDifferentiableError, NotJittableError
 from interop._in_torch._flat import FLATS, JaxFlat, Plan
 from interop._leaf import (
+    NESTING,
     NUMPY_READS,
     PLAIN,
     TORCH_OF,
@@ -28,6 +29,7 @@ from interop._leaf import (
     describe,
     export,
     jax_dtype,
+    refuse_nested,
     too_large,
     x64_enabled,
 )
@@ -35,9 +37,11 @@ from interop._private import torch as torch_private
 from interop._side import Leaf, Leaves
 
 _Result: TypeAlias = "tuple[Sequence[torch.Tensor], Any]"
-_NUMBERS = frozenset({int, float, complex})
+_SYMBOLS = frozenset({torch.SymInt, torch.SymFloat})  # numbers that a trace of torch keeps open
+_NUMBERS = frozenset({int, float, complex}) | _SYMBOLS
 _functorch_active, _dispatch_modes = torch_private.functorch_active, torch_private.dispatch_modes
 _forward_ad = torch.autograd.forward_ad
+_config: Any = jax.config
 
 
 # --- call -------------------------------------------------------------------------------------------------------------
@@ -45,6 +49,8 @@ _forward_ad = torch.autograd.forward_ad
 
 def call(flat: JaxFlat, leaves: Sequence[Leaf]) -> _Result:
     """Call the function on tensors and Python numbers; returns `(tensors, structure)`."""
+    if NESTING.foreign:
+        refuse_nested()
     if x64_enabled():
         flat = flat.wide()
     if _functorch_active() or _forward_ad._current_level >= 0:
@@ -54,7 +60,7 @@ def call(flat: JaxFlat, leaves: Sequence[Leaf]) -> _Result:
     arrays = views_of(leaves)
     if arrays is None:
         return _call_carefully(flat, leaves)
-    outs, structure = flat.jitted(*arrays)
+    outs, structure = evaluate(flat, arrays)
     return [export(out) for out in outs], structure.value
 
 
@@ -72,7 +78,7 @@ def views_of(leaves: Sequence[Leaf]) -> list[Any] | None:
                 if leaf.dtype not in NUMPY_READS or leaf.requires_grad:
                     return None
                 views.append(leaf.numpy())
-            elif kind in _NUMBERS:
+            elif kind in _NUMBERS and kind not in _SYMBOLS:
                 views.append(leaf)
             else:
                 return None
@@ -84,7 +90,7 @@ def views_of(leaves: Sequence[Leaf]) -> list[Any] | None:
 def _call_carefully(flat: JaxFlat, leaves: Sequence[Leaf]) -> _Result:
     """A call with a leaf that is differentiated, 64-bit, of an unusual layout, or refused."""
     tensors = [leaf for leaf in leaves if type(leaf) not in _NUMBERS]
-    if any(torch_private.is_fake(t) for t in tensors):
+    if any(torch_private.is_fake(t) for t in tensors) or any(type(leaf) in _SYMBOLS for leaf in leaves):
         return _call_op(flat, leaves, _Traced)
     if any(t.dtype in WIDE_FLOATS for t in tensors):
         flat = flat.wide()
@@ -100,9 +106,18 @@ def _call_carefully(flat: JaxFlat, leaves: Sequence[Leaf]) -> _Result:
 
 def evaluate(flat: JaxFlat, arrays: Sequence[Any]) -> tuple[Leaves, Static]:
     """The jitted function in its own width, whatever this thread has set. Its outputs never alias its inputs."""
-    if flat.x64 == x64_enabled():
+    if flat.x64 != x64_enabled():
+        with jax.enable_x64(flat.x64):
+            return evaluate(flat, arrays)
+    if _config.jax_disable_jit:  # residuals are told apart in a trace: there has to be one
+        with jax.disable_jit(False):
+            return evaluate(flat, arrays)
+    try:
         return flat.jitted(*arrays)
-    with jax.enable_x64(flat.x64):
+    except jax.errors.JaxRuntimeError as error:
+        if "Disallowed host-to-device transfer" not in str(error):
+            raise
+    with jax.transfer_guard_host_to_device("allow"):  # a crossing is meant; that it goes through numpy is our affair
         return flat.jitted(*arrays)
 
 
@@ -269,20 +284,34 @@ def _call_op(flat: JaxFlat, leaves: Sequence[Leaf], function: Any) -> _Result:
     is_number = tuple(type(leaf) in _NUMBERS for leaf in leaves)
     if any(leaf.dtype in WIDE_FLOATS for leaf in leaves if type(leaf) not in _NUMBERS):
         flat = flat.wide()
-    tensors = [_lift(x, x64=flat.x64) if number else x for x, number in zip(leaves, is_number, strict=True)]
+    fake = next((leaf for leaf in leaves if torch_private.is_fake(leaf)), None)
+    tensors = [_lift(x, fake, x64=flat.x64) if number else x for x, number in zip(leaves, is_number, strict=True)]
     flat = flat.lifted(is_number)
     outs = function.apply(flat, *tensors)
     return list(outs), flat.outputs(_avals(flat, tensors)).structure.value
 
 
-def _lift(number: complex, *, x64: bool) -> torch.Tensor:
-    """A Python number as a 0-d tensor of the dtype that JAX would give it."""
-    wide = {int: torch.int64, float: torch.float64, complex: torch.complex128}[type(number)]
-    dtype = TORCH_OF[jax_dtype(wide, x64=x64)]
+def _lift(number: Any, fake: Any, *, x64: bool) -> Any:
+    """A number as a 0-d tensor of the dtype that JAX would give it; fake beside fakes."""
+    kind: Any = type(number)
+    wide = _WIDTHS[kind]
+    # What a symbol stands for is known when the graph runs: it goes whole, to be checked there as any tensor is.
+    dtype = wide if kind is torch.SymInt else TORCH_OF[jax_dtype(wide, x64=x64)]
     try:
-        return torch.tensor(number, dtype=dtype)
+        if fake is not None:
+            return fake.new_full((), number, dtype=dtype, device="cpu")
+        return torch.scalar_tensor(number, dtype=dtype)
     except (RuntimeError, OverflowError):
-        raise too_large(int(number.real)) from None
+        raise too_large(int(complex(number).real)) from None
+
+
+_WIDTHS: dict[Any, torch.dtype] = {
+    int: torch.int64,
+    float: torch.float64,
+    complex: torch.complex128,
+    torch.SymInt: torch.int64,
+    torch.SymFloat: torch.float64,
+}
 
 
 class _Traced(torch.autograd.Function):

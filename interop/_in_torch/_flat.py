@@ -67,7 +67,7 @@ class JaxFlat(Flat):
 
     def variant(self, fn: FlatFn, *, x64: bool) -> JaxFlat:
         """Another function over the same leaves, with what is known of them."""
-        return JaxFlat(self.side, fn, self.name, self.levels, self.nondiff, self.path, x64=x64)
+        return JaxFlat(self.side, fn, self.name, self.levels, self.nondiff, self.path, self.lost, x64=x64)
 
 
 # --- residuals --------------------------------------------------------------------------------------------------------

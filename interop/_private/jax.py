@@ -59,7 +59,7 @@ _during_call: Any = getattr(getattr(_jax, "HostBufferSemantics", None), "IMMUTAB
 
 def _private_copy(view: Any, device: Any) -> jax.Array:
     aval, sharding, devices = _placed(view.shape, view.dtype, device)
-    array: jax.Array = _put(aval, sharding, [view], devices, False, False, _during_call)  # noqa: FBT003 - no keywords
+    array: jax.Array = _put(aval, sharding, [view], devices, False, False, _during_call)
     return array
 
 
@@ -67,7 +67,7 @@ def _public_copy(view: Any, device: Any) -> jax.Array:
     return jax.device_put(view.copy(), device)
 
 
-# The values of a numpy array of a dtype that JAX keeps, copied before this returns: 3 us less than by DLPack of a clone.
+# The values of a numpy array, copied before this returns: 3 us less than by DLPack of a clone.
 copy_of: Callable[[Any, Any], jax.Array] = _private_copy if _put and _during_call else _public_copy
 
 
