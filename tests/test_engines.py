@@ -168,9 +168,6 @@ def test_workers_that_load_data(run_python: Callable[..., str]) -> None:
     assert run_python("import test_engines; test_engines.load()", PYTHONPATH=PATHS) == "True\n8\n"
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a call without a tensor asks for no device: it runs, and waits for threads that are gone"
-)
 def test_a_forked_child_without_a_tensor_is_told(run_python: Callable[..., str]) -> None:
     """Numbers alone, or nothing, are a crossing too."""
     out = run_python(
@@ -405,6 +402,12 @@ def saved_and_loaded() -> dict[str, Any]:
     return {"same": same, "error": error_of(other, 32)}
 
 
+def saved_on_cpu(f: Fn, *xs: Any) -> Any:
+    """A call whose residuals are kept elsewhere."""
+    with torch.autograd.graph.save_on_cpu():
+        return f(*xs)
+
+
 def refused() -> dict[str, Any]:
     """What each level says of a DTensor, as an argument and as a cotangent; and the way out, taken."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -430,7 +433,7 @@ def refused() -> dict[str, Any]:
         "torch.func.grad": lambda: torch.func.grad(lambda x: f(x).sum())(x),
         "torch.func.vmap": lambda: torch.func.vmap(f)(x),
         "checkpoint": lambda: checkpoint(f, y, use_reentrant=False),
-        "save_on_cpu": lambda: torch.autograd.graph.save_on_cpu()(f)(y),
+        "save_on_cpu": lambda: saved_on_cpu(f, y),
     }
     said: dict[str, Any] = {}
     for name, call in calls.items():
@@ -589,13 +592,7 @@ def test_fabric(ranks: list[dict[str, Any]]) -> None:
 
 # --- FSDP2 ------------------------------------------------------------------------------------------------------------
 
-NOT_RESIZABLE = pytest.mark.xfail(
-    strict=True,
-    reason="Tensor.numpy() marks the storage as not resizable, for good: FSDP2 can't free the weight it has gathered",
-)
 
-
-@NOT_RESIZABLE
 @pytest.mark.parametrize("mode", FSDP)
 def test_fsdp(ranks: list[dict[str, Any]], mode: str) -> None:
     """The same by FSDP2, which frees a weight after the forward and reuses its memory before the backward."""
@@ -603,7 +600,6 @@ def test_fsdp(ranks: list[dict[str, Any]], mode: str) -> None:
         assert found["error"] < 1e-6
 
 
-@NOT_RESIZABLE
 @pytest.mark.parametrize("mode", FSDP)
 def test_fsdp_saves_the_memory_of_the_weights(ranks: list[dict[str, Any]], mode: str) -> None:
     """A weight that the backward needs is kept by torch, to be freed and gathered again; JAX has no copy."""
@@ -621,7 +617,6 @@ def test_fsdp_in_mixed_precision(ranks: list[dict[str, Any]]) -> None:
         assert (found["gathered"], found["copies"]) == (0, 0)
 
 
-@NOT_RESIZABLE
 def test_a_sharded_model_through_a_checkpoint(ranks: list[dict[str, Any]]) -> None:
     """Every weight arrives, and the loaded model has the gradients of the saved one."""
     for found in each(ranks, "saved and loaded"):
@@ -640,10 +635,7 @@ CROSSED: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "cross",
-    [pytest.param(f, id=name, marks=() if name == "conversion" else NOT_RESIZABLE) for name, f in CROSSED.items()],
-)
+@pytest.mark.parametrize("cross", CROSSED.values(), ids=CROSSED)
 def test_a_tensor_that_has_crossed_can_be_resized(cross: Callable[[torch.Tensor], Any]) -> None:
     """It is as it was; who frees and fills storages, as FSDP2 does, finds nothing changed."""
     x = torch.ones(3)
@@ -654,23 +646,12 @@ def test_a_tensor_that_has_crossed_can_be_resized(cross: Callable[[torch.Tensor]
 
 # --- DTensor and other tensors that are not their memory --------------------------------------------------------------
 
-THROUGH_THE_OP = ["torch.func.grad", "torch.func.vmap", "checkpoint", "save_on_cpu"]
 REFUSALS = ["bare", "plain", "differentiable", "jittable", "every level", "in a dictionary", "beside a tensor"]
-REFUSALS += ["a parameter", "a cotangent", "a cotangent of a graph", "torch.func.vjp", *THROUGH_THE_OP]
+REFUSALS += ["a parameter", "a cotangent", "a cotangent of a graph", "torch.func.vjp"]
+REFUSALS += ["torch.func.grad", "torch.func.vmap", "checkpoint", "save_on_cpu"]
 
 
-@pytest.mark.parametrize(
-    "way",
-    [
-        pytest.param(
-            way,
-            marks=pytest.mark.xfail(strict=True, reason="the op takes it as it is, and torch names the op, no way out")
-            if way in THROUGH_THE_OP
-            else (),
-        )
-        for way in REFUSALS
-    ],
-)
+@pytest.mark.parametrize("way", REFUSALS)
 def test_a_dtensor_is_refused_and_the_way_out_named(ranks: list[dict[str, Any]], way: str) -> None:
     """It is one process's view of a value, and has no memory of its own."""
     for found in each(ranks, "refused"):

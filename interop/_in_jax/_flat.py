@@ -19,9 +19,8 @@ from interop._abstract import Aval, Outputs, check_promise, check_structure, inf
 from interop._derive import NOTHING, Axes, Flat, Mask, Static, derive_vmap
 from interop._errors import AbstractEvalError, InteropError, PrecisionError, UnsupportedError
 from interop._leaf import (
-    NESTING,
     NUMPY_OF,
-    NUMPY_READS,
+    THREAD,
     WIDE_FLOATS,
     array_to_tensor,
     copy_tensor,
@@ -30,6 +29,7 @@ from interop._leaf import (
     jax_dtype,
     narrow,
     resolve,
+    view_of,
     x64_enabled,
 )
 from interop._private import jax as jax_private
@@ -242,11 +242,9 @@ def in_result(error: InteropError, structure: Static, index: int) -> InteropErro
 
 def result_to_array(t: torch.Tensor) -> jax.Array:
     """A result as an array of its own: somebody may write to the tensor (a parameter, a cache, a view)."""
-    if type(t) is torch.Tensor and t.dtype in NUMPY_READS:
-        try:
-            return copy_tensor(t)
-        except (TypeError, RuntimeError):
-            pass  # with a graph, conjugated, sparse, on a GPU: below it is known which
+    view = view_of(t)
+    if view is not None:
+        return copy_tensor(view)
     x64 = x64_enabled()
     refuse_wide_float(t.dtype, t)
     t = resolve(t.detach())
@@ -274,7 +272,7 @@ def callback(flat: Flat, avals: Sequence[Aval], structure: Static | None, *, tru
 
     def body(_: Any, outs: Any, *buffers: Any) -> None:
         # Nobody above but JAX's wrapper of this: a thread of XLA's own, and not the one that called the program.
-        NESTING.foreign = sys._getframe(1).f_back is None
+        THREAD.cannot_wait = sys._getframe(1).f_back is None
         with state, torch.no_grad():
             ins = [export_buffer(b) for b in buffers]
             if trusted:

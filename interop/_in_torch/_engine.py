@@ -8,7 +8,6 @@ which knows what it is under fake tensors and tracers (`_Traced`), and below `to
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -16,21 +15,23 @@ import jax
 import torch
 
 from interop._abstract import Aval
-from interop._derive import Static, fill
-from interop._errors import InteropError, NotDifferentiableError, NotJittableError
-from interop._in_torch._flat import FLATS, JaxFlat, Plan
+from interop._derive import Mask, Static, fill, pick
+from interop._errors import InteropError, LeafError, NotDifferentiableError, NotJittableError
+from interop._in_torch._flat import FLATS, JaxFlat
+from interop._in_torch._residuals import Plan
 from interop._leaf import (
-    NESTING,
-    NUMPY_READS,
     PLAIN,
+    THREAD,
     TORCH_OF,
     WIDE_FLOATS,
     argument_of,
     describe,
     export,
     jax_dtype,
-    refuse_nested,
+    refuse_waiting,
+    resolve,
     too_large,
+    view_of,
     x64_enabled,
 )
 from interop._private import torch as torch_private
@@ -38,9 +39,11 @@ from interop._side import Leaf, Leaves
 
 _Result: TypeAlias = "tuple[Sequence[torch.Tensor], Any]"
 _SYMBOLS = frozenset({torch.SymInt, torch.SymFloat})  # numbers that a trace of torch keeps open
-_NUMBERS = frozenset({int, float, complex}) | _SYMBOLS
+_PYTHON_NUMBERS = frozenset({int, float, complex})
+_NUMBERS = _PYTHON_NUMBERS | _SYMBOLS
 _functorch_active, _dispatch_modes = torch_private.functorch_active, torch_private.dispatch_modes
 _forward_ad = torch.autograd.forward_ad
+_is_grad_enabled = torch.is_grad_enabled
 _config: Any = jax.config
 
 
@@ -49,59 +52,66 @@ _config: Any = jax.config
 
 def call(flat: JaxFlat, leaves: Sequence[Leaf]) -> _Result:
     """Call the function on tensors and Python numbers; returns `(tensors, structure)`."""
-    if NESTING.foreign:
-        refuse_nested()
+    if THREAD.cannot_wait:
+        refuse_waiting()
     if x64_enabled():
         flat = flat.wide()
     if _functorch_active() or _forward_ad._current_level >= 0:
+        torch_private.teach_functionalize(_Transformed)
         return _call_op(flat, leaves, _Transformed)
     if _dispatch_modes():
         return _call_op(flat, leaves, _Traced)
-    arrays = views_of(leaves)
-    if arrays is None:
-        return _call_carefully(flat, leaves)
-    outs, structure = evaluate(flat, arrays)
-    return [export(out) for out in outs], structure.value
+    views = []
+    differentiated = False
+    for leaf in leaves:
+        kind = type(leaf)
+        if kind in PLAIN:
+            view = view_of(leaf)
+            if view is None:
+                return _call_carefully(flat, leaves)
+            views.append(view)
+            differentiated = differentiated or leaf.requires_grad
+        elif kind in _PYTHON_NUMBERS:
+            views.append(leaf)
+        else:
+            return _call_carefully(flat, leaves)
+    return _call_on_values(flat, leaves, views, differentiated=differentiated)
 
 
-def views_of(leaves: Sequence[Leaf]) -> list[Any] | None:
-    """The leaves as `jax.jit` takes them fastest; None if one needs more care.
-
-    Numbers as they are, tensors as numpy views: 1 us, against 4 us through DLPack. What a view can't express, torch
-    refuses.
-    """
-    views: list[Any] = []
-    try:
-        for leaf in leaves:
-            kind = type(leaf)
-            if kind in PLAIN:
-                if leaf.dtype not in NUMPY_READS or leaf.requires_grad:
-                    return None
-                views.append(leaf.numpy())
-            elif kind in _NUMBERS and kind not in _SYMBOLS:
-                views.append(leaf)
-            else:
-                return None
-    except (TypeError, RuntimeError):
-        return None
-    return views
+def _call_on_values(flat: JaxFlat, leaves: Sequence[Leaf], arrays: list[Any], *, differentiated: bool) -> _Result:
+    """Call the jitted function on the values of the leaves; under autograd if one is differentiated."""
+    if not differentiated or not _is_grad_enabled():
+        outs, structure = evaluate(flat, arrays)
+        return [export(out) for out in outs], structure.value
+    if not flat.levels.differentiable or flat.nondiff:
+        check_differentiable(flat, [type(x) not in _NUMBERS and x.requires_grad for x in leaves])
+    if torch_private.saved_tensors_are_watched():
+        return _call_op(flat, leaves, _Traced)
+    running = _Running(flat, arrays)
+    outs = _Eager.apply(running, *leaves)
+    return outs, running.structure
 
 
 def _call_carefully(flat: JaxFlat, leaves: Sequence[Leaf]) -> _Result:
-    """A call with a leaf that is differentiated, 64-bit, of an unusual layout, or refused."""
+    """A call with a leaf that is 64-bit, of an unusual layout, traced, batched by the older vmap, or refused."""
+    leaves = [x if type(x) in _NUMBERS else torch_private.unwrap_if_dead(x) for x in leaves]
     tensors = [leaf for leaf in leaves if type(leaf) not in _NUMBERS]
-    if any(torch_private.is_fake(t) for t in tensors) or any(type(leaf) in _SYMBOLS for leaf in leaves):
+    if any(map(torch_private.is_fake, tensors)) or any(type(leaf) in _SYMBOLS for leaf in leaves):
         return _call_op(flat, leaves, _Traced)
+    if any(map(torch_private.is_legacy_batched, tensors)):
+        return _call_legacy_batched(flat, leaves)
     if any(t.dtype in WIDE_FLOATS for t in tensors):
         flat = flat.wide()
-    if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
-        outs, structure = evaluate(flat, arrays_of(leaves, x64=flat.x64))
-        return [export(out) for out in outs], structure.value
-    check_differentiable(flat, [type(x) not in _NUMBERS and x.requires_grad for x in leaves])
-    if torch_private.saved_tensors_are_watched():
-        return _call_op(flat, leaves, _Traced)
-    *outs, structure = _Eager.apply(flat, *leaves)
-    return outs, structure
+    arrays = arrays_of(leaves, x64=flat.x64)
+    return _call_on_values(flat, leaves, arrays, differentiated=any(t.requires_grad for t in tensors))
+
+
+def _call_legacy_batched(flat: JaxFlat, leaves: Sequence[Leaf]) -> _Result:
+    """A call on batches of the older vmap, that of `is_grads_batched`: one level, below autograd's."""
+    batched = [type(x) not in _NUMBERS and torch_private.is_legacy_batched(x) for x in leaves]
+    plain = [torch_private.unbatch(x) if b else x for x, b in zip(leaves, batched, strict=True)]
+    outs, structure = call(flat.vmap(tuple(0 if b else None for b in batched)), plain)
+    return [torch_private.batch(out) for out in outs], structure
 
 
 def evaluate(flat: JaxFlat, arrays: Sequence[Any]) -> tuple[Leaves, Static]:
@@ -113,12 +123,16 @@ def evaluate(flat: JaxFlat, arrays: Sequence[Any]) -> tuple[Leaves, Static]:
         with jax.disable_jit(False):
             return evaluate(flat, arrays)
     try:
-        return flat.jitted(*arrays)
+        found = flat.jitted(*arrays)
     except jax.errors.JaxRuntimeError as error:
         if "Disallowed host-to-device transfer" not in str(error):
             raise
-    with jax.transfer_guard_host_to_device("allow"):  # a crossing is meant; that it goes through numpy is our affair
-        return flat.jitted(*arrays)
+        # A crossing is meant; that it goes through numpy is our affair.
+        with jax.transfer_guard_host_to_device("allow"):
+            found = flat.jitted(*arrays)
+    if not found[0]:
+        jax.effects_barrier()  # no output to wait for, and the caller may write to the inputs next
+    return found
 
 
 def arrays_of(leaves: Sequence[Leaf], *, x64: bool) -> list[Any]:
@@ -134,15 +148,14 @@ def arrays_of(leaves: Sequence[Leaf], *, x64: bool) -> list[Any]:
 
 def check_differentiable(flat: JaxFlat, wanted: Sequence[bool]) -> None:
     """Raise where a derivative is asked that was not declared, naming the first leaf that asks."""
-    for index, (asked, refused) in enumerate(
-        zip(wanted, itertools.chain(flat.nondiff, itertools.repeat(False)), strict=False)
-    ):
+    refused = (*flat.nondiff, *(False,) * (len(wanted) - len(flat.nondiff)))
+    for index, (asked, no) in enumerate(zip(wanted, refused, strict=False)):
         if asked and not flat.levels.differentiable:
             raise NotDifferentiableError(
                 "a tensor that requires grad into a function that is not differentiable",
                 hint="Stack @differentiable, or pass x.detach()",
             ).at(index)
-        if asked and refused:
+        if asked and no:
             raise NotDifferentiableError(
                 "a tensor that requires grad for an argument named in nondiff_argnames", hint="Pass x.detach()"
             ).at(index)
@@ -151,83 +164,104 @@ def check_differentiable(flat: JaxFlat, wanted: Sequence[bool]) -> None:
 # --- eager ------------------------------------------------------------------------------------------------------------
 
 
+class _Running:
+    """One call on its way through autograd: what goes in beside the leaves, and comes out beside the outputs."""
+
+    __slots__ = ("arrays", "flat", "structure")
+
+    def __init__(self, flat: JaxFlat, arrays: list[Any]) -> None:
+        self.flat = flat
+        self.arrays = arrays
+        self.structure: Any = None
+
+
 class _Eager(torch.autograd.Function):
-    """Plain tensors under autograd: one jitted forward with residuals, one jitted backward from them."""
+    """Values under autograd: one jitted forward with residuals, one jitted backward from them."""
 
     @staticmethod
-    def forward(ctx: Any, flat: JaxFlat, *xs: Leaf) -> tuple[Any, ...]:
-        arrays = arrays_of(xs, x64=flat.x64)
-        full, static = evaluate(flat.residual(ctx.needs_input_grad[1:]), arrays)
+    def forward(ctx: Any, running: _Running, *xs: Leaf) -> tuple[torch.Tensor, ...]:
+        flat = running.flat
+        full, static = evaluate(flat.residual(ctx.needs_input_grad[1:]), running.arrays)
         plan: Plan = static.value
-        outs = [export(out) for out in full[: plan.count]]
+        running.structure = plan.structure.value
+        outs = tuple([export(out) for out in full[: plan.count]])
         ctx.set_materialize_grads(False)
-        ctx.flat, ctx.plan, ctx.xs = flat, plan, xs
-        if not plan.smooth:
-            ctx.mark_non_differentiable(*[out for out, inexact in zip(outs, plan.inexact, strict=True) if not inexact])
-        # New residuals stay arrays that nobody else sees; what is the user's input or output goes to torch to be
-        # guarded.
-        ctx.arrays, of = full[plan.count :], {"input": xs, "output": outs}
-        ctx.save_for_backward(*[of[origin][i] for origin, i in plan.saved if origin != "residual"])
-        ctx.versions = [_version(x) for x in xs]
-        return *outs, plan.structure.value
+        if not all(plan.smooth):
+            ctx.mark_non_differentiable(*[out for out, smooth in zip(outs, plan.smooth, strict=True) if not smooth])
+        # New residuals stay arrays that nobody else sees; what is the user's input or output torch keeps and guards.
+        of = {"input": xs, "output": outs}
+        guarded = [of[origin][i] for origin, i in plan.guarded]
+        ctx.save_for_backward(*[x for x in guarded if type(x) not in _NUMBERS])
+        ctx.kept = flat, plan, xs, [_version(x) for x in xs], full[plan.count :]
+        return outs
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
-        present = tuple([c is not None for c in cotangents[:-1]])
         need = ctx.needs_input_grad[1:]
-        if not any(present):
-            return (None,) * (len(need) + 1)
-        given = [c for c in cotangents if c is not None]
-        saved = _saved_leaves(ctx)
-        if torch.is_grad_enabled():  # create_graph: from the original function and its primals, so any order works
-            grads, _ = call(ctx.flat.vjp(need, present), [*_primals(ctx), *given])
+        present = tuple([c is not None for c in cotangents])
+        if ctx.kept is None:
+            raise _freed()
+        flat, plan, xs, versions, _ = ctx.kept
+        if _is_grad_enabled():  # create_graph: from the original function and its primals, so that any order works
+            wanted = plan.reach(need, present)
+            grads = _higher_order(flat, _unchanged(xs, versions), wanted, present, cotangents)
         else:
-            grads, _ = _call_backward(ctx.plan.backward(need, present), saved, given)
-        if not torch_private.keeps_graph():
-            ctx.arrays = ctx.xs = None
-        return None, *fill((None,) * len(need), need, tuple(grads))
+            wanted, backward = plan.backward(need, present)
+            grads = _from_residuals(backward, ctx, cotangents) if any(wanted) else ()
+        if plan.saved and not torch_private.keeps_graph():
+            ctx.kept = None
+        return None, *fill((None,) * len(need), wanted, tuple(grads))
+
+
+def _freed() -> RuntimeError:
+    return RuntimeError(
+        "Trying to backward through the graph a second time: its residuals have been freed. Specify retain_graph=True "
+        "if you need to backward through the graph a second time."
+    )
 
 
 def _version(x: Leaf) -> int:
     return 0 if type(x) in _NUMBERS or x.is_inference() else x._version
 
 
-def _saved_leaves(ctx: Any) -> list[Any]:
-    """The residuals in the order of the plan: tensors from torch (which checks their versions), and arrays of ours."""
-    guarded = iter(ctx.saved_tensors)
-    if ctx.xs is None:
-        raise RuntimeError(
-            "Trying to backward through the graph a second time: its residuals have been freed. Specify "
-            "retain_graph=True if you need to backward through the graph a second time."
-        )
-    return [ctx.arrays[i] if origin == "residual" else next(guarded) for origin, i in ctx.plan.saved]
-
-
-def _primals(ctx: Any) -> Leaves:
+def _unchanged(xs: Leaves, versions: Sequence[int]) -> Leaves:
     """The inputs of the forward; raises as torch does if one was changed in place since."""
-    for x, version in zip(ctx.xs, ctx.versions, strict=True):
+    for x, version in zip(xs, versions, strict=True):
         if _version(x) != version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
                 f"{describe(x)} is at version {x._version}; expected version {version} instead."
             )
-    return tuple(ctx.xs)
+    return xs
 
 
-def _call_backward(backward: JaxFlat, saved: list[Any], cotangents: list[torch.Tensor]) -> _Result:
-    """The jitted backward; through the op where a cotangent is not a plain value (a batch of them, say)."""
-    if _functorch_active() or _dispatch_modes():
-        return call(backward, [*map(_as_tensor, saved), *cotangents])
-    if any(map(torch_private.is_legacy_batched, cotangents)):
-        return jax_call([*map(_as_tensor, saved), *cotangents], backward.number), None
-    x64 = backward.x64
-    arrays = [x if isinstance(x, jax.Array) else argument_of(x, x64=x64) for x in (*saved, *cotangents)]
-    outs, _ = evaluate(backward, arrays)
-    return [export(out) for out in outs], None
+def _higher_order(
+    flat: JaxFlat, primals: Sequence[Any], wanted: Mask, present: Mask, cotangents: Sequence[Any]
+) -> Sequence[Any]:
+    """The gradients of the wanted inputs by the derived function, which has gradients itself."""
+    if not any(wanted):
+        return ()
+    return call(flat.vjp(wanted, present), [*primals, *(c for c in cotangents if c is not None)])[0]
 
 
-def _as_tensor(x: Any) -> torch.Tensor:
-    return export(x) if isinstance(x, jax.Array) else x
+def _from_residuals(backward: JaxFlat, ctx: Any, cotangents: Sequence[Any]) -> Sequence[Any]:
+    """The gradients by the jitted backward; through `call` where a cotangent is no plain value (a batch, say)."""
+    _, plan, xs, _, residuals = ctx.kept
+    given = [c for c in cotangents if c is not None]
+    through_call = _functorch_active() or _dispatch_modes() or any(map(torch_private.is_legacy_batched, given))
+    guarded = iter(ctx.saved_tensors if plan.guarded else ())  # torch checks their versions
+    leaves: list[Any] = []
+    for origin, i in plan.saved:
+        if origin == "residual":
+            leaves.append(export(residuals[i]) if through_call else residuals[i])
+        else:
+            is_number = origin == "input" and type(xs[i]) in _NUMBERS
+            leaf = xs[i] if is_number else next(guarded)
+            leaves.append(leaf if is_number or through_call else argument_of(leaf, x64=backward.x64))
+    if through_call:
+        return call(backward, [*leaves, *given])[0]
+    leaves += [argument_of(c, x64=backward.x64) for c in given]
+    return [export(out) for out in evaluate(backward, leaves)[0]]
 
 
 # --- the op -----------------------------------------------------------------------------------------------------------
@@ -245,6 +279,8 @@ def _op_fake(xs: list[torch.Tensor], flat: int) -> list[torch.Tensor]:
     function = FLATS[flat]
     if not function.levels.jittable:
         raise NotJittableError("traced by torch", hint="Stack @jittable")
+    if any(x.is_meta for x in xs) and not all(x.is_meta for x in xs):
+        raise LeafError("a tensor on the 'meta' device has no values", hint="Materialise it with to_empty()")
     device = xs[0].device if xs else torch.device("cpu")
     outs = function.outputs(_avals(function, xs)).avals
     return [torch.empty(out.shape, dtype=TORCH_OF[out.dtype], device=device) for out in outs]
@@ -258,11 +294,8 @@ def _op_vmap(_info: Any, in_dims: tuple[Any, ...], xs: list[torch.Tensor], flat:
 
 
 def _op_legacy_batched(xs: list[torch.Tensor], flat: int) -> list[torch.Tensor]:
-    """The op over a batch of the older vmap, that of `is_grads_batched`: one level."""
-    batched = [torch_private.is_legacy_batched(x) for x in xs]
-    plain = [torch_private.unbatch(x) if b else x for x, b in zip(xs, batched, strict=True)]
-    outs = jax_call(plain, FLATS[flat].vmap(tuple(0 if b else None for b in batched)).number)
-    return [torch_private.batch(out) for out in outs]
+    """The op over a batch of the older vmap."""
+    return list(_call_legacy_batched(FLATS[flat], xs)[0])
 
 
 if not hasattr(torch.ops.interop, "jax_call"):  # a reload of the module finds it registered
@@ -282,17 +315,32 @@ def _avals(flat: JaxFlat, xs: Sequence[torch.Tensor]) -> tuple[Aval, ...]:
 def _call_op(flat: JaxFlat, leaves: Sequence[Leaf], function: Any) -> _Result:
     """Call through the op: numbers become tensors, and the structure is found without values."""
     is_number = tuple(type(leaf) in _NUMBERS for leaf in leaves)
-    if any(leaf.dtype in WIDE_FLOATS for leaf in leaves if type(leaf) not in _NUMBERS):
+    given = [leaf for leaf in leaves if type(leaf) not in _NUMBERS]
+    if any(x.dtype in WIDE_FLOATS for x in given):
         flat = flat.wide()
-    fake = next((leaf for leaf in leaves if torch_private.is_fake(leaf)), None)
-    tensors = [_lift(x, fake, x64=flat.x64) if number else x for x, number in zip(leaves, is_number, strict=True)]
+    fake = next(filter(torch_private.is_fake, given), None)
+    device = given[0].device if given else _CPU
+    tensors = [_lift(x, fake, device, x64=flat.x64) if n else x for x, n in zip(leaves, is_number, strict=True)]
     flat = flat.lifted(is_number)
     outs = function.apply(flat, *tensors)
     return list(outs), flat.outputs(_avals(flat, tensors)).structure.value
 
 
-def _lift(number: Any, fake: Any, *, x64: bool) -> Any:
-    """A number as a 0-d tensor of the dtype that JAX would give it; fake beside fakes."""
+def _refuse_subclasses(leaves: Sequence[Leaf]) -> None:
+    """Raise for a tensor whose memory is not its value, before torch looks for a rule of the op for it."""
+    for index, leaf in enumerate(leaves):
+        if type(leaf) not in _NUMBERS and type(leaf) not in PLAIN and not torch_private.is_traced(leaf):
+            try:
+                resolve(leaf)
+            except InteropError as error:
+                raise error.at(index)  # noqa: B904 - the same error, located
+
+
+_CPU = torch.device("cpu")
+
+
+def _lift(number: Any, fake: Any, device: torch.device, *, x64: bool) -> Any:
+    """A number as a 0-d tensor of the dtype that JAX would give it, beside the others; fake beside fakes."""
     kind: Any = type(number)
     wide = _WIDTHS[kind]
     # What a symbol stands for is known when the graph runs: it goes whole, to be checked there as any tensor is.
@@ -300,7 +348,7 @@ def _lift(number: Any, fake: Any, *, x64: bool) -> Any:
     try:
         if fake is not None:
             return fake.new_full((), number, dtype=dtype, device="cpu")
-        return torch.scalar_tensor(number, dtype=dtype)
+        return torch.scalar_tensor(number, dtype=dtype, device=device)
     except (RuntimeError, OverflowError):
         raise too_large(int(complex(number).real)) from None
 
@@ -321,34 +369,34 @@ class _Traced(torch.autograd.Function):
     def forward(ctx: Any, flat: JaxFlat, *xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         active = ctx.needs_input_grad[1:]
         check_differentiable(flat, active)
+        _refuse_subclasses(xs)
         ctx.set_materialize_grads(False)
-        ctx.flat, ctx.count = flat, len(xs)
         if not any(active):
             return tuple(jax_call(list(xs), flat.number))
         forward = flat.residual(active)
         full = jax_call(list(xs), forward.number)
         plan: Plan = forward.outputs(_avals(flat, xs)).structure.value
-        outs = full[: plan.count]
-        ctx.plan = plan
-        ctx.mark_non_differentiable(*[out for out, inexact in zip(outs, plan.inexact, strict=True) if not inexact])
+        outs = tuple(full[: plan.count])
+        ctx.mark_non_differentiable(*[out for out, smooth in zip(outs, plan.smooth, strict=True) if not smooth])
         of = {"input": xs, "output": outs, "residual": full[plan.count :]}
+        ctx.kept = flat, plan, len(xs)
         ctx.save_for_backward(*xs, *(of[origin][i] for origin, i in plan.saved))
-        return tuple(outs)
+        return outs
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
-        present = tuple(c is not None for c in cotangents)
+        flat, plan, count = ctx.kept
         need = ctx.needs_input_grad[1:]
-        if not any(present):
-            return (None,) * (len(need) + 1)
-        kept = ctx.saved_tensors  # unpacked once: checkpoint allows no more
-        primals, saved = kept[: ctx.count], kept[ctx.count :]
-        given = [c for c in cotangents if c is not None]
-        if torch.is_grad_enabled():
-            grads, _ = call(ctx.flat.vjp(need, present), [*primals, *given])
-        else:
-            grads, _ = call(ctx.plan.backward(need, present), [*saved, *given])
-        return None, *fill((None,) * len(need), need, tuple(grads))
+        present = tuple(c is not None for c in cotangents)
+        wanted, backward = plan.backward(need, present)
+        grads: Sequence[Any] = ()
+        if any(wanted):
+            kept = ctx.saved_tensors  # unpacked once: checkpoint allows no more
+            if _is_grad_enabled():
+                grads = _higher_order(flat, kept[:count], wanted, present, cotangents)
+            else:
+                grads, _ = call(backward, [*kept[count:], *(c for c in cotangents if c is not None)])
+        return None, *fill((None,) * len(need), wanted, tuple(grads))
 
 
 class _Transformed(torch.autograd.Function):
@@ -356,6 +404,7 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def forward(flat: JaxFlat, *xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        _refuse_subclasses(xs)
         return tuple(jax_call(list(xs), flat.number))
 
     @staticmethod
@@ -375,7 +424,7 @@ class _Transformed(torch.autograd.Function):
         need = ctx.needs_input_grad[1:]
         if not any(present):
             return (None,) * (len(need) + 1)
-        grads, _ = call(ctx.flat.vjp(need, present), [*ctx.saved_tensors, *(c for c in cotangents if c is not None)])
+        grads = _higher_order(ctx.flat, ctx.saved_tensors, need, present, cotangents)
         return None, *fill((None,) * len(need), need, tuple(grads))
 
     @staticmethod
@@ -383,7 +432,7 @@ class _Transformed(torch.autograd.Function):
         tangents = tangents[1:]  # the first would be that of the flat function
         nonzero = tuple(t is not None for t in tangents)
         check_differentiable(ctx.flat, nonzero)
-        outs, _ = call(ctx.flat.jvp(nonzero), [*ctx.saved_tensors, *(t for t in tangents if t is not None)])
+        outs, _ = call(ctx.flat.jvp(nonzero), [*ctx.saved_tensors, *pick(tangents, nonzero)])
         return fill((None,) * len(ctx.inexact), ctx.inexact, tuple(outs))
 
     @staticmethod

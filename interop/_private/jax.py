@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -120,3 +121,74 @@ def eager_primitive(name: str) -> Any:
     primitive = make(name)
     primitive.multiple_results = True
     return primitive
+
+
+# --- programs ---------------------------------------------------------------------------------------------------------
+
+# Equations that call another program, of the same inputs and outputs.
+_CALLS = (
+    "jit",
+    "pjit",
+    "closed_call",
+    "core_call",
+    "custom_jvp_call",
+    "custom_vjp_call",
+    "remat",
+    "remat2",
+    "checkpoint",
+)
+
+
+def inner_program(primitive: Any, params: dict[str, Any]) -> Any:
+    """The jaxpr that an equation calls; None for an operation."""
+    if primitive.name not in _CALLS:
+        return None
+    inner = params.get("jaxpr") or params.get("call_jaxpr")
+    return getattr(inner, "jaxpr", inner)
+
+
+def inlined(program: Any, arguments: Sequence[Any]) -> list[Any]:
+    """The outputs of a closed jaxpr, operation by operation; functions that were jitted inside are opened."""
+    if PUBLIC_ONLY:
+        outs: list[Any] = jax.core.eval_jaxpr(program.jaxpr, program.consts, *arguments)
+        return outs
+    return _run(program.jaxpr, program.consts, arguments)
+
+
+def _run(program: Any, constants: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
+    values: dict[Any, Any] = dict(zip((*program.constvars, *program.invars), (*constants, *arguments), strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if hasattr(atom, "val") else values[atom]
+
+    for equation in program.eqns:
+        operands = list(map(read, equation.invars))
+        if equation.primitive.name in ("jit", "pjit"):
+            inner = equation.params["jaxpr"]
+            outs = _run(inner.jaxpr, inner.consts, operands)
+        else:
+            params = equation.primitive.get_bind_params(equation.params)
+            with equation.ctx.manager:
+                outs = equation.primitive.bind(*operands, **params)
+            outs = outs if equation.primitive.multiple_results else [outs]
+        values.update(zip(equation.outvars, outs, strict=True))
+    return list(map(read, program.outvars))
+
+
+def dependences(program: Any) -> list[int]:
+    """For each output of a jaxpr the inputs that it depends on, as a set of bits."""
+    bits: dict[Any, int] = {v: 1 << i for i, v in enumerate(program.invars)}
+
+    def read(atom: Any) -> int:
+        return 0 if hasattr(atom, "val") else bits.get(atom, 0)
+
+    for equation in program.eqns:
+        operands = list(map(read, equation.invars))
+        inner = inner_program(equation.primitive, equation.params)
+        if inner is None or len(inner.invars) != len(operands):
+            every = functools.reduce(operator.or_, operands, 0)
+            bits.update(dict.fromkeys(equation.outvars, every))
+            continue
+        for variable, depends in zip(equation.outvars, dependences(inner), strict=True):
+            bits[variable] = functools.reduce(operator.or_, (o for i, o in enumerate(operands) if depends >> i & 1), 0)
+    return list(map(read, program.outvars))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import torch.utils.dlpack
 
 from interop._private import PUBLIC_ONLY
 
+_torch: Any = torch
 _C: Any = None if PUBLIC_ONLY else torch._C
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -21,6 +23,22 @@ capsule_of: Callable[[torch.Tensor], Any] = getattr(_C, "_to_dlpack", None) or (
 
 # A tensor over the memory of a capsule.
 from_capsule: Callable[[Any], torch.Tensor] = getattr(_C, "_from_dlpack", None) or torch.utils.dlpack.from_dlpack
+
+
+class Lent:
+    """A CPU tensor as `numpy.from_dlpack` takes it."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return capsule_of(self.tensor)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0  # a CPU
+
 
 # --- what is going on in this thread ----------------------------------------------------------------------------------
 
@@ -39,6 +57,7 @@ from torch._subclasses.fake_tensor import (  # noqa: E402 - grouped with its use
     FakeTensor,
     FakeTensorMode,
 )
+from torch._subclasses.functional_tensor import FunctionalTensor  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 # What a function raises on fake tensors when it needs their values.
@@ -94,14 +113,14 @@ def keeps_graph() -> bool:
 _functorch: Any = getattr(_C, "_functorch", None)
 
 
-def is_legacy_batched(t: torch.Tensor) -> bool:
-    """Whether it is a batch of the older vmap, which `is_grads_batched` uses."""
-    return bool(_functorch and _functorch.is_legacy_batchedtensor(t))
-
-
 def is_fake(t: Any) -> bool:
     """Whether it is a tensor without values that torch traces with."""
     return isinstance(t, FakeTensor)
+
+
+def is_traced(t: Any) -> bool:
+    """Whether it stands for a tensor while torch traces a program."""
+    return isinstance(t, FakeTensor | FunctionalTensor)
 
 
 # --- Dynamo -----------------------------------------------------------------------------------------------------------
@@ -143,7 +162,18 @@ def open_pytree(x: Any) -> tuple[list[Any], Any, Callable[[list[Any]], Any]]:
     return list(children), context, lambda new: node.unflatten_fn(new, context)
 
 
-# --- the older vmap ---------------------------------------------------------------------------------------------------
+# --- transforms that know no autograd function ------------------------------------------------------------------------
+
+
+# The tensor itself where its transform is over, which `torch.func.vjp` leaves to its pull-back.
+unwrap_if_dead: Callable[[torch.Tensor], torch.Tensor] = getattr(_functorch, "unwrap_if_dead", None) or (
+    lambda t: t.view_as(t)
+)
+
+
+def is_legacy_batched(t: torch.Tensor) -> bool:
+    """Whether it is a batch of the older vmap, which `is_grads_batched` uses."""
+    return bool(_functorch and _functorch.is_legacy_batchedtensor(t))
 
 
 def unbatch(t: torch.Tensor) -> torch.Tensor:
@@ -154,6 +184,37 @@ def unbatch(t: torch.Tensor) -> torch.Tensor:
 def batch(t: torch.Tensor) -> torch.Tensor:
     """Values as a legacy batched tensor, mapped over their first axis."""
     return torch._add_batch_dim(t, 0, 1)
+
+
+@functools.cache
+def teach_functionalize(function: type[torch.autograd.Function]) -> None:
+    """Give `torch.func.functionalize` a rule for an autograd function that writes to nothing: torch has none for any.
+
+    Every other function meets torch's refusal as before. Without the private table, so does this one.
+    """
+    if not _functorch:
+        return
+    apply: Any = importlib.import_module("torch._functorch.autograd_function").custom_function_call
+
+    key = _functorch.TransformType.Functionalize
+    refuse = apply.functorch_table[key]
+
+    def rule(layer: Any, called: Any, *operands: Any) -> Any:
+        if called is not function:
+            return refuse(layer, called, *operands)
+
+        def unwrapped(x: Any) -> Any:
+            if not isinstance(x, torch.Tensor) or not _torch._is_functional_tensor(x):
+                return x
+            _torch._sync(x)
+            return _functorch._unwrap_functional_tensor(x, layer.functionalize_add_back_views())
+
+        plain = list(map(unwrapped, operands))
+        with layer.lower():
+            outs = apply(called, *plain)
+        return tuple(_functorch._wrap_functional_tensor(out, layer.level()) for out in outs)
+
+    apply.functorch_table[key] = rule
 
 
 # --- capture ----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import floors
 import jax
 import jax.numpy as jnp
 import torch
-from harness import Row, count, extra, ratios
+from harness import Row, allocated, count, extra, kept, ratios
 from torch import nn
 
 from interop import as_jax, as_torch, differentiable, jax_to_torch, jittable, torch_to_jax
@@ -110,6 +110,88 @@ def as_torch_vmap(name: str) -> list[Row]:
     return ratios(
         name, {"ours": lambda: ours(xs, W), "called directly": lambda: direct(xs, W)}, {"called directly": 3.0}
     )
+
+
+@cell("torch.func.vmap of as_torch against a Python loop")
+def as_torch_vmap_loop(name: str) -> list[Row]:
+    """A batch of 16 by torch's transform, against a call for each of them."""
+    xs = torch.randn(16, 4, 3)
+    call = as_torch(energy_in_jax)
+    ours = torch.func.vmap(call, in_dims=(0, None))
+    contestants = {"ours": lambda: ours(xs, W), "a loop": lambda: torch.stack([call(x, W) for x in xs])}
+    torch.testing.assert_close(*[contestant() for contestant in contestants.values()])
+    return ratios(name, contestants, {"a loop": 0.5})
+
+
+@cell("as_torch in a compiled caller")
+def as_torch_compiled(name: str) -> list[Row]:
+    """The crossing as one node of a graph of torch, against the same crossing called eagerly."""
+    eager = differentiable(jittable(as_torch(energy_in_jax)))
+    compiled = torch.compile(lambda x, w: eager(x, w), fullgraph=True, backend="aot_eager")
+    x, w = X.clone().requires_grad_(), W.clone().requires_grad_()
+    calls = {"ours": lambda: compiled(X, W), "called eagerly": lambda: eager(X, W)}
+    gradients = {
+        "ours": lambda: torch.autograd.grad(compiled(x, w), (x, w)),
+        "called eagerly": lambda: torch.autograd.grad(eager(x, w), (x, w)),
+    }
+    limit = {"called eagerly": 1.5}
+    return [*ratios(name, calls, limit), *ratios(f"{name}, forward + backward", gradients, limit)]
+
+
+MLP = {"w0": (64, 256), "b0": (256,), "w1": (256, 256), "b1": (256,), "w2": (256, 10), "b2": (10,)}
+
+
+def mlp_loss(activation: Any) -> Callable[[Any, Any, Any], Any]:
+    """The squared error of three dense layers, in the framework of the activation."""
+
+    def loss(params: Any, x: Any, y: Any) -> Any:
+        x = activation(x @ params["w0"] + params["b0"])
+        x = activation(x @ params["w1"] + params["b1"])
+        return ((x @ params["w2"] + params["b2"] - y) ** 2).mean()
+
+    return loss
+
+
+def mlp_values() -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Parameters that require grad, and a batch that a crossing is small beside: inputs and targets."""
+    params = {key: (torch.randn(*shape) / shape[0] ** 0.5).requires_grad_() for key, shape in MLP.items()}
+    return params, torch.randn(4096, 64), torch.randn(4096, 10)
+
+
+@cell("as_torch MLP at batch 4096, forward + backward")
+def as_torch_mlp(name: str) -> list[Row]:
+    """Loss and gradients of all parameters, against the same in JAX alone."""
+    params, x, y = values = mlp_values()
+    arrays = torch_to_jax(values, copy=True)
+    loss, own = differentiable(as_torch(mlp_loss(jnp.tanh))), jax.jit(jax.value_and_grad(mlp_loss(jnp.tanh)))
+
+    def ours() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        value = loss(params, x, y)
+        return value.detach(), dict(zip(params, torch.autograd.grad(value, list(params.values())), strict=True))
+
+    contestants = {"ours": ours, "pure JAX": lambda: jax.block_until_ready(own(*arrays))}
+    torch.testing.assert_close(ours(), jax_to_torch(own(*arrays)))
+    return ratios(name, contestants, {"pure JAX": 1.1})
+
+
+@cell("memory kept between forward and backward, MLP")
+def as_torch_memory(name: str) -> list[Row]:
+    """What the graph holds on to at batch 4096, beside parameters and inputs, against what torch's own does."""
+    rows = []
+    for activation, in_jax, in_torch in (("tanh", jnp.tanh, torch.tanh), ("relu", jax.nn.relu, torch.relu)):
+        values = mlp_values()
+        losses = {"ours": differentiable(as_torch(mlp_loss(in_jax))), "pure torch": mlp_loss(in_torch)}
+        held = {who: _held_by_graph(loss, values) for who, loss in losses.items()}
+        rows.append(kept(f"{name}, {activation}", held["ours"], "pure torch", held["pure torch"], 1.2))
+    return rows
+
+
+def _held_by_graph(loss: Callable[..., torch.Tensor], values: tuple[Any, ...]) -> int:
+    """Bytes that are there after a forward and were not before, once a first one has compiled and warmed up."""
+    loss(*values).backward(inputs=list(values[0].values()))
+    before = allocated()
+    graph = loss(*values)  # noqa: F841 - alive while it is measured
+    return allocated() - before
 
 
 # --- a torch function in JAX ------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import random
 import statistics
@@ -157,6 +158,30 @@ def count(cell: str, what: str, got: int, expected: int) -> Row:
     return Row(cell, str(got), what, str(expected), "", "", f"= {expected}", got == expected)
 
 
+class _Mallinfo(ctypes.Structure):
+    """What `mallinfo2` of the C library returns."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()  # noqa: SIM905
+    ]
+
+
+def allocated() -> int:
+    """Bytes that this process has allocated and not freed, by either framework: both ask the C library for memory."""
+    gc.collect()
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = _Mallinfo
+    info = mallinfo()
+    return info.uordblks + info.hblkhd
+
+
+def kept(cell: str, ours: int, against: str, theirs: int, limit: float) -> Row:
+    """Bytes that ours holds against bytes that theirs does."""
+    ratio = ours / theirs
+    return Row(cell, megabytes(ours), against, megabytes(theirs), f"{ratio:.2f}x", "", f"<= {limit:g}x", ratio <= limit)
+
+
 def microseconds(seconds: float) -> str:
     """A time that is short."""
     return f"{1e6 * seconds:.1f} us"
@@ -165,3 +190,8 @@ def microseconds(seconds: float) -> str:
 def milliseconds(seconds: float) -> str:
     """A time that is not."""
     return f"{1e3 * seconds:.0f} ms"
+
+
+def megabytes(size: int) -> str:
+    """A size in memory."""
+    return f"{size / 1e6:.1f} MB"

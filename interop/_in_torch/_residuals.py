@@ -1,0 +1,248 @@
+"""The forward and the backward of a JAX function as two programs, with the residuals between. Mirror of `_capture`.
+
+The function is traced once into a jaxpr, and pulled back from it. What the pull-back reads is what has to be kept: as
+little of it as is worth its price. A residual that is cheap to compute again from what is kept anyway is not kept; one
+that *is* an input or an output is left to torch, whose version counter then guards it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+
+from interop._derive import NOTHING, FlatFn, Mask, Static, fill, pick
+from interop._private import jax as jax_private
+from interop._side import Leaf, Leaves
+
+if TYPE_CHECKING:
+    from interop._in_torch._flat import JaxFlat
+
+
+@dataclass(eq=False)
+class Plan:
+    """What one trace of a residual forward found out about its backward.
+
+    Attributes:
+        count: the number of outputs; the new residuals follow them.
+        structure: of the outputs, as the function itself returned it.
+        saved: where each residual is found: ("input", i), ("output", i) or ("residual", i).
+        inexact: for each output, whether it is of floating-point or complex numbers.
+        smooth: for each output, whether it has a derivative in some active input.
+        reached: for each output that is inexact, the active inputs that its cotangent reaches.
+        pull: `(saved, cotangents)` to the cotangents of the active primals, under a trace.
+    """
+
+    count: int
+    structure: Static
+    saved: tuple[tuple[str, int], ...]
+    inexact: Mask
+    reached: tuple[Mask, ...]
+    pull: Callable[[Leaves, Leaves], Leaves]
+    forward: JaxFlat
+    active: Mask
+    backwards: dict[tuple[Mask, Mask], tuple[Mask, JaxFlat]] = field(
+        default_factory=dict[tuple[Mask, Mask], "tuple[Mask, JaxFlat]"], repr=False
+    )
+
+    def __post_init__(self) -> None:
+        smooth = iter(map(any, self.reached))
+        self.smooth: Mask = tuple(inexact and next(smooth) for inexact in self.inexact)
+        self.guarded = tuple(place for place in self.saved if place[0] != "residual")
+
+    def reach(self, need: Mask, present: Mask) -> Mask:
+        """Those of the inputs under `need` that a cotangent under `present` reaches: the others have no gradient."""
+        rows = [row for row, there in zip(self.reached, pick(present, self.inexact), strict=True) if there]
+        reached = iter(tuple(map(any, zip(*rows, strict=True))) or (False,) * len(need))
+        return tuple(a and next(reached) and n for n, a in zip(need, self.active, strict=True))
+
+    def backward(self, need: Mask, present: Mask) -> tuple[Mask, JaxFlat]:
+        """The inputs that have a gradient, and `(*saved, *cotangents)` to their gradients."""
+        found = self.backwards.get((need, present))
+        return found or self.backwards.setdefault((need, present), self._backward(need, present))
+
+    def _backward(self, need: Mask, present: Mask) -> tuple[Mask, JaxFlat]:
+        wanted = self.reach(need, present)
+
+        def fn(*leaves: Leaf) -> tuple[Leaves, Static]:
+            given = iter(leaves[len(self.saved) :])
+            cotangents = tuple(next(given) if p else None for p in pick(present, self.inexact))
+            return pick(self.pull(leaves[: len(self.saved)], cotangents), pick(wanted, self.active)), NOTHING
+
+        return wanted, self.forward.variant(fn, x64=self.forward.x64)
+
+
+def residual_forward(flat: JaxFlat, active: Mask) -> FlatFn:
+    """The function that returns its new residuals behind its outputs, and as structure the `Plan` of the backward."""
+
+    def forward(*leaves: Leaf) -> tuple[Leaves, Static]:
+        found: list[tuple[Mask, Static]] = []
+
+        def parts(*every: Leaf) -> tuple[Leaves, Leaves]:
+            outs, structure = flat.fn(*every)
+            mask = tuple(flat.side.is_inexact(out) for out in outs)
+            found[:] = [(mask, structure)]
+            return pick(outs, mask), pick(outs, tuple(not m for m in mask))
+
+        program = jax.make_jaxpr(parts)(*leaves)
+        ((inexact, structure),) = found
+        count = sum(inexact)
+
+        def inexact_part(*primals: Leaf) -> tuple[Leaves, Leaves]:
+            outs = jax_private.inlined(program, fill(leaves, active, primals))
+            return tuple(outs[:count]), tuple(outs[count:])  # what has no derivative leaves as aux: no float0 anywhere
+
+        some, pull, others = _pulled_back(inexact_part, program, pick(leaves, active))
+        outs = fill(fill((None,) * len(inexact), inexact, some), tuple(not m for m in inexact), others)
+        residuals, saved, pull, reached = _described(pull, leaves, outs, some, sum(active))
+        return (*outs, *residuals), Static(
+            Plan(len(outs), structure, saved, inexact, reached, pull, flat.residual(active), active)
+        )
+
+    return forward
+
+
+# --- what is kept -----------------------------------------------------------------------------------------------------
+
+# Nanoseconds: what an element costs, of operations that are fused with what reads them, and of others.
+_CHEAP, _ELEMENT, _PRODUCT = 0.3, 5.0, 0.05
+_KEPT = 1e3  # what one more residual costs: an output of the forward, an input of the backward
+
+# Operations that are computed again rather than kept: each reads little more than it writes.
+_FUSED = frozenset(
+    "abs add and broadcast_in_dim ceil clamp complex conj convert_element_type copy copy_p div eq expand_dims floor ge "  # noqa: SIM905 - as words, they can be read
+    "gt imag integer_pow iota is_finite le lt max min mul ne neg not or real reshape rev round select_n sign slice "
+    "square squeeze stop_gradient sub transpose xor".split()
+)
+_LOOPS = frozenset({"scan", "while"})
+
+
+def _pulled_back(part: Callable[..., Any], program: Any, primals: Leaves) -> tuple[Leaves, Any, Leaves]:
+    """`jax.vjp`, with as few residuals as are worth their price.
+
+    A loop is never run again, and JAX can't run an effect again.
+    """
+    cost = _cost(program.jaxpr)
+    if cost < math.inf and not program.effects:
+        nothing = jax.checkpoint_policies.nothing_saveable
+        try:
+            kept = jax.vjp(_rematerialised(part, _is_worth_keeping), *primals, has_aux=True)
+            new = {id(x) for x in jax.tree.leaves(kept[1])} - {id(x) for x in (*primals, *kept[0])}
+            return kept if cost > _KEPT * len(new) else jax.vjp(_rematerialised(part, nothing), *primals, has_aux=True)
+        except (NotImplementedError, TypeError):
+            pass  # JAX rematerialises neither an effect in a rule of the user's, nor a complex number that is kept
+    return jax.vjp(part, *primals, has_aux=True)
+
+
+def _rematerialised(part: Callable[..., Any], policy: Callable[..., bool]) -> Callable[..., Any]:
+    # Forward and backward are two programs: nothing can be merged that should be computed again.
+    return jax.checkpoint(part, policy=policy, prevent_cse=False)
+
+
+def _is_worth_keeping(primitive: Any, *_: Any, **params: Any) -> bool:
+    inner = jax_private.inner_program(primitive, params)
+    if inner is None:
+        return primitive.name not in _FUSED
+    return any(_is_worth_keeping(e.primitive, **e.params) for e in inner.eqns)
+
+
+def _cost(program: Any) -> float:
+    """Roughly the nanoseconds that a program takes."""
+    return sum(_cost_of(equation) for equation in program.eqns)
+
+
+def _cost_of(equation: Any) -> float:
+    inner = jax_private.inner_program(equation.primitive, equation.params)
+    if inner is not None:
+        return _cost(inner)
+    name, size = equation.primitive.name, sum(_size(v) for v in equation.outvars)
+    if name in _LOOPS:
+        return math.inf
+    if name == "dot_general":
+        left = equation.invars[0].aval.shape
+        return _PRODUCT * size * math.prod(left[i] for i in equation.params["dimension_numbers"][0][0])
+    return (_CHEAP if name in _FUSED else _ELEMENT) * max(size, *(_size(v) for v in equation.invars), 1)
+
+
+def _size(variable: Any) -> float:
+    return math.prod(getattr(variable.aval, "shape", ()))
+
+
+# --- where it is found ------------------------------------------------------------------------------------------------
+
+
+def _described(
+    pull: Any, inputs: Leaves, outs: Leaves, some: Leaves, active: int
+) -> tuple[Leaves, tuple[tuple[str, int], ...], Callable[[Leaves, Leaves], Leaves], tuple[Mask, ...]]:
+    """The new residuals, where each residual is found later, the pull-back from them, and what it reaches.
+
+    Residuals are told apart by the identity of tracers: on the outside, a jitted function copies one that is an input.
+    """
+    values, treedef = jax.tree.flatten(pull)
+    origin = {id(x): ("output", i) for i, x in enumerate(outs)} | {id(x): ("input", i) for i, x in enumerate(inputs)}
+    traced = {id(x): x for x in values if isinstance(x, jax.core.Tracer)}
+    order = {key: i for i, key in enumerate(traced)}
+    kept = [_Kept(x) for x in traced.values()]
+
+    def unpacked(leaves: Sequence[Leaf], cotangents: Leaves) -> list[Any]:
+        again = [kept[order[id(x)]].typed(leaves[order[id(x)]]) if id(x) in order else x for x in values]
+        return list(jax.tree.unflatten(treedef, again)(cotangents))
+
+    try:
+        program = jax.make_jaxpr(unpacked)([k.plain for k in kept], tuple(some))
+    except Exception:  # noqa: BLE001 - in a rule of the user's: raised when a gradient is asked for, if it still is
+        run, depends = unpacked, [-1] * active
+    else:
+        run = lambda leaves, cotangents: jax_private.inlined(program, (*leaves, *cotangents))  # noqa: E731
+        depends = jax_private.dependences(program.jaxpr)
+    read = [any(mask >> i & 1 for mask in depends) for i in range(len(kept))]
+    reached = tuple(tuple(bool(m >> (len(kept) + i) & 1) for m in depends) for i in range(len(some)))
+
+    residuals: list[Leaf] = []
+    saved: list[tuple[str, int]] = []
+    for (key, k), needed in zip(zip(traced, kept, strict=True), read, strict=True):
+        if needed:
+            saved.append(origin.get(key) or ("residual", len(residuals)))
+            if key not in origin:
+                residuals.append(k.plain)
+
+    shapes = [jax.typeof(out) for out in some]
+
+    def pulled(given: Leaves, cotangents: Leaves) -> Leaves:
+        """In torch's complex convention; an absent cotangent is zero."""
+        rest = iter(given)
+        leaves = [next(rest) if needed else k.zeros() for k, needed in zip(kept, read, strict=True)]
+        dense = [
+            jnp.zeros(shape.shape, shape.dtype) if c is None else _conj(c)
+            for c, shape in zip(cotangents, shapes, strict=True)
+        ]
+        return tuple(map(_conj, run(leaves, tuple(dense))))
+
+    return tuple(residuals), tuple(saved), pulled, reached
+
+
+class _Kept:
+    """One value that a pull-back reads; a typed PRNG key is kept as its data."""
+
+    def __init__(self, value: Any) -> None:
+        is_key = jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
+        self.impl = jax.random.key_impl(value) if is_key else None
+        self.plain = jax.random.key_data(value) if is_key else value
+        self.aval = jax.typeof(self.plain)
+
+    def typed(self, plain: Any) -> Any:
+        """The value again."""
+        return plain if self.impl is None else jax.random.wrap_key_data(plain, impl=self.impl)
+
+    def zeros(self) -> Any:
+        """What stands for a value that is not read."""
+        return jnp.zeros(self.aval.shape, self.aval.dtype)
+
+
+def _conj(x: Any) -> Any:
+    return jnp.conj(x) if jnp.iscomplexobj(x) else x
