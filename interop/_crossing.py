@@ -141,7 +141,7 @@ class Entry:
             flat = _bounded(spec.memo, ("flat", impls), lambda: self._flat(spec, impls=impls))
             try:
                 return self.engine_call(flat, leaves)
-            except (TypeError, *_NEEDS_VALUE) as error:
+            except (TypeError, ValueError, IndexError) as error:
                 if Kind.NUMBER not in kinds or not _needs_value(error):
                     raise
         result = self._call_baked(leaves, spec, impls)
@@ -222,7 +222,7 @@ def _is_wide(number: complex) -> bool:
 
 def _needs_value(error: Exception) -> bool:
     """Whether a trace failed for the want of a number's value: a shape, a branch, a member of a set."""
-    return isinstance(error, _NEEDS_VALUE) or "Tracer" in str(error) or "concrete" in str(error)
+    return isinstance(error, _NEEDS_VALUE) or any(word in str(error) for word in ("Tracer", "concrete", "static"))
 
 
 def _bounded(memo: dict[Any, Any], key: Any, make: Callable[[], Any], capacity: int = 64) -> Any:

@@ -83,7 +83,16 @@ FLOAT8 = [
 ]
 COMPLEX = [torch.complex64, torch.complex128]
 INEXACT = [*FLOATS, *FLOAT8, *COMPLEX]
+SMOOTH = [*FLOATS, torch.float8_e4m3fn, *COMPLEX]
 NARROW = {torch.int64: torch.int32, torch.uint64: torch.uint32}
+WIDE = [torch.int64, torch.uint64, torch.float64, torch.complex128]
+
+
+def every(*dtypes: torch.dtype) -> Any:
+    """A test of each dtype with x64 off, and with x64 on where that could matter."""
+    cases = [(d, False) for d in dtypes] + [(d, True) for d in dtypes if d in WIDE or d is torch.float32]
+    ids = [f"{str(d).removeprefix('torch.')}-{'x64_on' if on else 'x64_off'}" for d, on in cases]
+    return pytest.mark.parametrize(("dtype", "x64"), cases, ids=ids, indirect=["x64"])
 
 
 def function(dtype: torch.dtype) -> Fn:
@@ -146,13 +155,12 @@ WAYS: dict[str, Callable[[Fn], Fn]] = {
     "eagerly": lambda f: f,
     "batched": torch.func.vmap,
     "compiled": compiled,
-    "compiled_batch": lambda f: compiled(torch.func.vmap(f)),
     "thread": in_another_thread,
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("dtype", [*BOOL, *INTEGERS, *INEXACT], ids=str)
+@every(*BOOL, *INTEGERS, *INEXACT)
 def test_a_result_is_exact_in_the_dtype_of_its_argument(dtype: torch.dtype, way: str, x64: bool) -> None:
     """An integer of 64 bits comes back in 32 where JAX keeps no more."""
     values, f = numbers(dtype, x64=x64), function(dtype)
@@ -161,7 +169,7 @@ def test_a_result_is_exact_in_the_dtype_of_its_argument(dtype: torch.dtype, way:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("dtype", INEXACT, ids=str)
+@pytest.mark.parametrize("dtype", SMOOTH, ids=str)
 def test_a_result_under_the_tape_is_the_same(dtype: torch.dtype, way: str) -> None:
     values, f = numbers(dtype), function(dtype)
     got = WAYS[way](levels(f))(tensor(values, dtype).requires_grad_())
@@ -180,7 +188,7 @@ def test_an_integer_beside_64_bit_floats_keeps_64(integer: torch.dtype, dtype: t
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@every(torch.float32, torch.float64)
 def test_an_index_is_as_wide_as_jax_computes(dtype: torch.dtype, way: str, x64: bool) -> None:
     """The scope of a float64 is that of the whole function."""
     got = WAYS[way](levels(lambda a: jnp.argmax(a, axis=-1, keepdims=True)))(tensor(numbers(dtype), dtype))
@@ -196,8 +204,8 @@ def test_what_a_function_makes_itself_is_as_wide_as_its_arguments(way: str, x64:
         exactly(got, [0.0, 1.5, 3.0] * 2, torch.float64 if x64 else dtype)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("dtype", [*INTEGERS, *FLOATS, *COMPLEX], ids=str)
+@pytest.mark.parametrize("way", ["eagerly", "batched", "compiled"])
+@every(torch.int8, torch.uint64, torch.bfloat16, torch.float64)
 def test_a_python_number_does_not_widen(dtype: torch.dtype, way: str, x64: bool) -> None:
     """It is as weak as one that stands in the function."""
     values = [v // 2 if dtype in INTEGERS else v for v in numbers(dtype, x64=x64)]
@@ -206,8 +214,8 @@ def test_a_python_number_does_not_widen(dtype: torch.dtype, way: str, x64: bool)
     exactly(got, [2 * v for v in values], held(dtype, x64=x64))
 
 
-@pytest.mark.parametrize("shape", [(), (0,), (2, 0)], ids=str)
-@pytest.mark.parametrize("dtype", [*BOOL, *INTEGERS, *INEXACT], ids=str)
+@pytest.mark.parametrize("shape", [(), (2, 0)], ids=str)
+@every(*BOOL, *INTEGERS, *INEXACT)
 def test_one_number_and_none(dtype: torch.dtype, shape: tuple[int, ...], x64: bool) -> None:
     """A tensor of no axes, and one of no elements."""
     x = torch.ones(shape).to(dtype)
@@ -252,7 +260,7 @@ PULLS: dict[str, Callable[[Fn], Fn]] = {
 
 
 @pytest.mark.parametrize("way", PULLS)
-@pytest.mark.parametrize("dtype", INEXACT, ids=str)
+@every(*SMOOTH)
 def test_a_gradient_is_exact_in_the_dtype_of_its_input(dtype: torch.dtype, way: str, x64: bool) -> None:
     """A complex one is the conjugate of what JAX calls it."""
     values, cotangent = numbers(dtype), weights(dtype)
@@ -281,7 +289,7 @@ PUSHES: dict[str, Callable[[Fn], Fn]] = {
 
 
 @pytest.mark.parametrize("way", PUSHES)
-@pytest.mark.parametrize("dtype", INEXACT, ids=str)
+@every(*SMOOTH)
 def test_a_tangent_is_exact_in_the_dtype_of_its_result(dtype: torch.dtype, way: str, x64: bool) -> None:
     values, tangent = numbers(dtype), weights(dtype)
     got = PUSHES[way](levels(function(dtype)))(tensor(values, dtype), tensor(tangent, dtype))
@@ -291,15 +299,12 @@ def test_a_tangent_is_exact_in_the_dtype_of_its_result(dtype: torch.dtype, way: 
 # Two arguments that are promoted: each gradient is in the dtype of its own.
 MIXED = [
     (torch.float32, torch.float64),
-    (torch.float16, torch.float32),
     (torch.float16, torch.bfloat16),
     (torch.bfloat16, torch.float64),
-    (torch.float32, torch.complex64),
     (torch.float32, torch.complex128),
-    (torch.float64, torch.complex64),
     (torch.complex64, torch.complex128),
 ]
-MIXED_WAYS = {name: PULLS[name] for name in ("backward", "create_graph", "vjp", "vmap_of_vjp", "backward_of_compiled")}
+MIXED_WAYS = {name: PULLS[name] for name in ("backward", "create_graph", "vmap_of_vjp", "backward_of_compiled")}
 
 
 @pytest.mark.parametrize("way", MIXED_WAYS)
@@ -320,26 +325,25 @@ def test_each_of_two_gradients_has_the_dtype_of_its_input(one: torch.dtype, othe
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("taken", ["eagerly", "compiled_vjp"])
 @pytest.mark.parametrize(("one", "other"), MIXED, ids=str)
-def test_second_gradients_have_the_dtypes_of_their_inputs(one: torch.dtype, other: torch.dtype, taken: str) -> None:
+def test_second_gradients_have_the_dtypes_of_their_inputs(one: torch.dtype, other: torch.dtype) -> None:
     x, y = torch.tensor([1, 2, 4], dtype=one), torch.tensor([2, 0.5, -1], dtype=other)
 
     def second(f: Fn) -> list[torch.Tensor]:
         slopes = lambda x, y: torch.func.vjp(f, x, y)[1](torch.ones_like(x * y))
         pulled = lambda x, y: torch.func.vjp(slopes, x, y)[1]((torch.ones_like(x), torch.ones_like(y)))
-        return [g.resolve_conj() for g in (compiled(pulled) if taken == "compiled_vjp" else pulled)(x, y)]
+        return [g.resolve_conj() for g in pulled(x, y)]
 
     got, expected = second(levels(lambda x, y: x * x * y)), second(lambda x, y: x * x * y)
     assert [g.dtype for g in got] == [one, other]
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("integer", [*BOOL, *INTEGERS], ids=str)
-@pytest.mark.parametrize("way", MIXED_WAYS)
-def test_a_gradient_beside_integers(integer: torch.dtype, way: str, x64: bool) -> None:
+@pytest.mark.parametrize("way", ["backward", "backward_of_compiled"])
+@every(torch.bool, torch.uint8, torch.int64)
+def test_a_gradient_beside_integers(dtype: torch.dtype, way: str, x64: bool) -> None:
     """They are constants of the derivative, in and out."""
-    factor = torch.tensor([1, 0, 1], dtype=integer)
+    factor = torch.tensor([1, 0, 1], dtype=dtype)
     f = levels(lambda x, i: (x * i, i ^ True))
     got = MIXED_WAYS[way](lambda x: f(x, factor)[0])(torch.ones(2, 3), torch.ones(2, 3))
     exactly(got, [1.0, 0.0, 1.0] * 2, torch.float32)
@@ -347,15 +351,15 @@ def test_a_gradient_beside_integers(integer: torch.dtype, way: str, x64: bool) -
     out, flipped = f(x, factor)
     assert out.requires_grad
     assert not flipped.requires_grad
-    exactly(flipped, [i ^ True for i in factor.tolist()], held(integer, x64=x64))
+    exactly(flipped, [i ^ True for i in factor.tolist()], held(dtype, x64=x64))
 
 
 # --- threads and scopes -----------------------------------------------------------------------------------------------
 
-LIVES = [torch.bfloat16, torch.float32, torch.float64, torch.complex128]
+LIVES = [torch.float64, torch.complex128]
 
 
-@pytest.mark.parametrize("dtype", LIVES, ids=str)
+@every(*LIVES)
 @pytest.mark.parametrize("way", ["eagerly", "compiled", "batched"])
 def test_a_backward_in_another_thread(dtype: torch.dtype, way: str, x64: bool) -> None:
     """Than that which made the graph."""
@@ -413,12 +417,12 @@ def test_threads_of_both_widths_at_once() -> None:
 
 # --- what does not fit ------------------------------------------------------------------------------------------------
 
-TOO_LARGE = {
-    "above": (torch.int64, 2**31, "int32"),
-    "below": (torch.int64, -(2**31) - 1, "int32"),
-    "wrapping": (torch.int64, 2**32 + 1, "int32"),
-    "unsigned": (torch.uint64, 2**32, "uint32"),
-}
+TOO_LARGE = [
+    (torch.int64, 2**31, "int32"),
+    (torch.int64, -(2**31) - 1, "int32"),
+    (torch.int64, 2**32 + 1, "int32"),  # 1 if its bits were cut
+    (torch.uint64, 2**32, "uint32"),
+]
 OVERFLOWS: dict[str, Callable[[Fn], Fn]] = {
     "eagerly": lambda f: f,
     "thread": in_another_thread,
@@ -435,14 +439,14 @@ def energy(params: Any, x: Any) -> Any:
 
 @pytest.mark.parametrize("taped", [False, True], ids=["plain", "taped"])
 @pytest.mark.parametrize("way", OVERFLOWS)
-@pytest.mark.parametrize(("dtype", "value", "name"), TOO_LARGE.values(), ids=TOO_LARGE)
-def test_an_integer_that_does_not_fit_raises(dtype: torch.dtype, value: int, name: str, way: str, taped: bool) -> None:
+def test_an_integer_that_does_not_fit_raises(way: str, taped: bool) -> None:
     """The error has the value, wherever the call is; the next call is right."""
     f = OVERFLOWS[way](levels(energy))
     x = torch.ones(2, 3, requires_grad=taped)
-    with pytest.raises(OverflowError, match=f"the value {value} does not fit into {name}"):
-        f({"n": [tensor([0, 1, value, 0, 0, 0], dtype)]}, x)
-    assert f({"n": [tensor([0, 1, 2, 0, 0, 0], dtype)]}, x).tolist() == [[0, 1, 1], [0, 0, 0]]
+    for dtype, value, name in TOO_LARGE:
+        with pytest.raises(OverflowError, match=f"the value {value} does not fit into {name}"):
+            f({"n": [tensor([0, 1, value, 0, 0, 0], dtype)]}, x)
+        assert f({"n": [tensor([0, 1, 2, 0, 0, 0], dtype)]}, x).tolist() == [[0, 1, 1], [0, 0, 0]]
 
 
 @pytest.mark.parametrize("way", ["vjp", "jvp", "vmap_of_vjp", "compiled_vjp", "backward_of_compiled"])
@@ -524,24 +528,20 @@ ORDERS: dict[str, Callable[[Fn], Fn]] = {
     "vjp of vjp": lambda f: _vjp(_vjp(f)),
     "jvp of vjp": lambda f: _jvp(_vjp(f)),
     "vjp of jvp": lambda f: _vjp(_jvp(f)),
-    "jvp of jvp": lambda f: _jvp(_jvp(f)),
     "vjp of vjp of vjp": lambda f: _vjp(_vjp(_vjp(f))),
-    "vmap of vjp": lambda f: torch.func.vmap(_vjp(f)),
     "vmap of vjp of vjp": lambda f: torch.func.vmap(_vjp(_vjp(f))),
-    "vjp of vmap of jvp": lambda f: _vjp(torch.func.vmap(_jvp(f))),
     "backward of backward": lambda f: _backward(_backward(f)),
     "backward of vmap of vjp": lambda f: _backward(torch.func.vmap(_vjp(f))),
 }
-COMPILED = ["vjp of vjp", "jvp of vjp", "vmap of vjp of vjp", "vjp of jvp"]
+COMPILED = ["jvp of vjp"]
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("dtype", COMPLEX, ids=str)
 @pytest.mark.parametrize("name", ANALYSIS)
-def test_a_complex_derivative_is_torchs_at_every_order(name: str, dtype: torch.dtype, order: str) -> None:
+def test_a_complex_derivative_is_torchs_at_every_order(name: str, order: str) -> None:
     """In torch's convention, which is the conjugate of JAX's."""
     ours, native = ANALYSIS[name]
-    z = torch.tensor([[0.3 - 0.7j, 1.1j], [0.4 + 0.2j, -0.5 + 1j]], dtype=dtype)
+    z = torch.tensor([[0.3 - 0.7j, 1.1j], [0.4 + 0.2j, -0.5 + 1j]])
     got, expected = ORDERS[order](levels(ours))(z), ORDERS[order](native)(z)
     torch.testing.assert_close(got.detach().resolve_conj(), expected.detach().resolve_conj())
 

@@ -1177,19 +1177,7 @@ STATIC: dict[str, tuple[Fn, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("f", "statics"),
-    [
-        pytest.param(
-            *value,
-            id=name,
-            marks=pytest.mark.xfail(
-                strict=True, reason="what jax.jit says of a static argument that is traced is taken for a user's error"
-            ) if name in {"partial of jit", "jit of partial"} else (),
-        )
-        for name, value in STATIC.items()
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("f", "statics"), STATIC.values(), ids=STATIC)
 def test_a_jitted_function_of_a_static_number(f: Fn, statics: dict[str, Any]) -> None:
     """It becomes static by itself, or was declared."""
     x = leaf(2.0, 3.0)
@@ -1197,7 +1185,6 @@ def test_a_jitted_function_of_a_static_number(f: Fn, statics: dict[str, Any]) ->
     assert grad(f(x, **statics, **options).sum(), x)[0].tolist() == [24, 54]
 
 
-@pytest.mark.xfail(strict=True, reason="JAX's IndexError for a traced bound of a slice is taken for a user's error")
 def test_a_number_that_bounds_a_slice() -> None:
     f, x = levels(lambda x, n: x[:n] * 2), leaf(2.0, 3.0, 4.0)
     assert f(x, 2).tolist() == [4, 6]

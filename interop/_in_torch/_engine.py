@@ -32,8 +32,8 @@ from interop._leaf import (
     resolve,
     too_large,
     view_of,
-    x64_enabled,
 )
+from interop._private import jax as jax_private
 from interop._private import torch as torch_private
 from interop._side import Leaf, Leaves
 
@@ -41,9 +41,13 @@ _Result: TypeAlias = "tuple[Sequence[torch.Tensor], Any]"
 _SYMBOLS = frozenset({torch.SymInt, torch.SymFloat})  # numbers that a trace of torch keeps open
 _PYTHON_NUMBERS = frozenset({int, float, complex})
 _NUMBERS = _PYTHON_NUMBERS | _SYMBOLS
+_ARRAYS = _PYTHON_NUMBERS | {jax_private.ArrayImpl}  # what a jitted function takes as it is
 _functorch_active, _dispatch_modes = torch_private.functorch_active, torch_private.dispatch_modes
 _forward_ad = torch.autograd.forward_ad
 _is_grad_enabled = torch.is_grad_enabled
+_saved_tensors_are_watched, _keeps_graph = torch_private.saved_tensors_are_watched, torch_private.keeps_graph
+_is_legacy_batched = torch_private.is_legacy_batched
+_from_capsule, _capsule_of = torch_private.from_capsule, jax_private.capsule_of
 _config: Any = jax.config
 
 
@@ -54,14 +58,14 @@ def call(flat: JaxFlat, leaves: Sequence[Leaf]) -> _Result:
     """Call the function on tensors and Python numbers; returns `(tensors, structure)`."""
     if THREAD.cannot_wait:
         refuse_waiting()
-    if x64_enabled():
+    if _config.jax_enable_x64:
         flat = flat.wide()
     if _functorch_active() or _forward_ad._current_level >= 0:
         torch_private.teach_functionalize(_Transformed)
         return _call_op(flat, leaves, _Transformed)
     if _dispatch_modes():
         return _call_op(flat, leaves, _Traced)
-    views = []
+    arrays = []
     differentiated = False
     for leaf in leaves:
         kind = type(leaf)
@@ -69,27 +73,28 @@ def call(flat: JaxFlat, leaves: Sequence[Leaf]) -> _Result:
             view = view_of(leaf)
             if view is None:
                 return _call_carefully(flat, leaves)
-            views.append(view)
-            differentiated = differentiated or leaf.requires_grad
+            arrays.append(view)
+            if leaf.requires_grad:
+                differentiated = True
         elif kind in _PYTHON_NUMBERS:
-            views.append(leaf)
+            arrays.append(leaf)
         else:
             return _call_carefully(flat, leaves)
-    return _call_on_values(flat, leaves, views, differentiated=differentiated)
+    if differentiated and _is_grad_enabled():
+        return _call_differentiated(flat, leaves, arrays)
+    outs, structure = evaluate(flat, arrays)
+    return [_from_capsule(_capsule_of(out)) for out in outs], structure.value  # `export`, without its frame
 
 
-def _call_on_values(flat: JaxFlat, leaves: Sequence[Leaf], arrays: list[Any], *, differentiated: bool) -> _Result:
-    """Call the jitted function on the values of the leaves; under autograd if one is differentiated."""
-    if not differentiated or not _is_grad_enabled():
-        outs, structure = evaluate(flat, arrays)
-        return [export(out) for out in outs], structure.value
+def _call_differentiated(flat: JaxFlat, leaves: Sequence[Leaf], arrays: list[Any]) -> _Result:
+    """Call the function under autograd; the arrays have the values of the leaves."""
     if not flat.levels.differentiable or flat.nondiff:
         check_differentiable(flat, [type(x) not in _NUMBERS and x.requires_grad for x in leaves])
-    if torch_private.saved_tensors_are_watched():
+    if _saved_tensors_are_watched():
         return _call_op(flat, leaves, _Traced)
-    running = _Running(flat, arrays)
+    running = [flat, arrays]
     outs = _Eager.apply(running, *leaves)
-    return outs, running.structure
+    return outs, running[2]
 
 
 def _call_carefully(flat: JaxFlat, leaves: Sequence[Leaf]) -> _Result:
@@ -98,12 +103,15 @@ def _call_carefully(flat: JaxFlat, leaves: Sequence[Leaf]) -> _Result:
     tensors = [leaf for leaf in leaves if type(leaf) not in _NUMBERS]
     if any(map(torch_private.is_fake, tensors)) or any(type(leaf) in _SYMBOLS for leaf in leaves):
         return _call_op(flat, leaves, _Traced)
-    if any(map(torch_private.is_legacy_batched, tensors)):
+    if any(map(_is_legacy_batched, tensors)):
         return _call_legacy_batched(flat, leaves)
     if any(t.dtype in WIDE_FLOATS for t in tensors):
         flat = flat.wide()
     arrays = arrays_of(leaves, x64=flat.x64)
-    return _call_on_values(flat, leaves, arrays, differentiated=any(t.requires_grad for t in tensors))
+    if _is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return _call_differentiated(flat, leaves, arrays)
+    outs, structure = evaluate(flat, arrays)
+    return [export(out) for out in outs], structure.value
 
 
 def _call_legacy_batched(flat: JaxFlat, leaves: Sequence[Leaf]) -> _Result:
@@ -116,7 +124,7 @@ def _call_legacy_batched(flat: JaxFlat, leaves: Sequence[Leaf]) -> _Result:
 
 def evaluate(flat: JaxFlat, arrays: Sequence[Any]) -> tuple[Leaves, Static]:
     """The jitted function in its own width, whatever this thread has set. Its outputs never alias its inputs."""
-    if flat.x64 != x64_enabled():
+    if flat.x64 is not _config.jax_enable_x64:
         with jax.enable_x64(flat.x64):
             return evaluate(flat, arrays)
     if _config.jax_disable_jit:  # residuals are told apart in a trace: there has to be one
@@ -164,35 +172,25 @@ def check_differentiable(flat: JaxFlat, wanted: Sequence[bool]) -> None:
 # --- eager ------------------------------------------------------------------------------------------------------------
 
 
-class _Running:
-    """One call on its way through autograd: what goes in beside the leaves, and comes out beside the outputs."""
-
-    __slots__ = ("arrays", "flat", "structure")
-
-    def __init__(self, flat: JaxFlat, arrays: list[Any]) -> None:
-        self.flat = flat
-        self.arrays = arrays
-        self.structure: Any = None
-
-
 class _Eager(torch.autograd.Function):
     """Values under autograd: one jitted forward with residuals, one jitted backward from them."""
 
     @staticmethod
-    def forward(ctx: Any, running: _Running, *xs: Leaf) -> tuple[torch.Tensor, ...]:
-        flat = running.flat
-        full, static = evaluate(flat.residual(ctx.needs_input_grad[1:]), running.arrays)
+    def forward(ctx: Any, running: list[Any], *xs: Leaf) -> tuple[torch.Tensor, ...]:
+        """What goes in beside the leaves is `[flat, arrays]`; the structure of the outputs comes out there."""
+        flat, arrays = running
+        full, static = evaluate(flat.residual(ctx.needs_input_grad[1:]), arrays)
         plan: Plan = static.value
-        running.structure = plan.structure.value
-        outs = tuple([export(out) for out in full[: plan.count]])
+        running.append(plan.structure.value)
+        outs = tuple([_from_capsule(_capsule_of(out)) for out in full[: plan.count]])
         ctx.set_materialize_grads(False)
-        if not all(plan.smooth):
-            ctx.mark_non_differentiable(*[out for out, smooth in zip(outs, plan.smooth, strict=True) if not smooth])
+        if plan.rough:
+            ctx.mark_non_differentiable(*[outs[i] for i in plan.rough])
         # New residuals stay arrays that nobody else sees; what is the user's input or output torch keeps and guards.
         of = {"input": xs, "output": outs}
         guarded = [of[origin][i] for origin, i in plan.guarded]
         ctx.save_for_backward(*[x for x in guarded if type(x) not in _NUMBERS])
-        ctx.kept = flat, plan, xs, [_version(x) for x in xs], full[plan.count :]
+        ctx.kept = flat, plan, xs, _versions(xs), full[plan.count :]
         return outs
 
     @staticmethod
@@ -207,10 +205,11 @@ class _Eager(torch.autograd.Function):
             grads = _higher_order(flat, _unchanged(xs, versions), wanted, present, cotangents)
         else:
             wanted, backward = plan.backward(need, present)
-            grads = _from_residuals(backward, ctx, cotangents) if any(wanted) else ()
-        if plan.saved and not torch_private.keeps_graph():
+            grads = _from_residuals(backward, ctx, cotangents) if True in wanted else ()
+        if plan.saved and not _keeps_graph():
             ctx.kept = None
-        return None, *fill((None,) * len(need), wanted, tuple(grads))
+        rest = iter(grads)
+        return None, *[next(rest) if w else None for w in wanted]
 
 
 def _freed() -> RuntimeError:
@@ -220,17 +219,20 @@ def _freed() -> RuntimeError:
     )
 
 
-def _version(x: Leaf) -> int:
-    return 0 if type(x) in _NUMBERS or x.is_inference() else x._version
+def _versions(xs: Leaves) -> list[int]:
+    try:
+        return [0 if type(x) in _NUMBERS else x._version for x in xs]
+    except RuntimeError:  # inference tensors have none
+        return [0 if type(x) in _NUMBERS or x.is_inference() else x._version for x in xs]
 
 
 def _unchanged(xs: Leaves, versions: Sequence[int]) -> Leaves:
     """The inputs of the forward; raises as torch does if one was changed in place since."""
-    for x, version in zip(xs, versions, strict=True):
-        if _version(x) != version:
+    for x, version, now in zip(xs, versions, _versions(xs), strict=True):
+        if now != version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"{describe(x)} is at version {x._version}; expected version {version} instead."
+                f"{describe(x)} is at version {now}; expected version {version} instead."
             )
     return xs
 
@@ -248,20 +250,18 @@ def _from_residuals(backward: JaxFlat, ctx: Any, cotangents: Sequence[Any]) -> S
     """The gradients by the jitted backward; through `call` where a cotangent is no plain value (a batch, say)."""
     _, plan, xs, _, residuals = ctx.kept
     given = [c for c in cotangents if c is not None]
-    through_call = _functorch_active() or _dispatch_modes() or any(map(torch_private.is_legacy_batched, given))
     guarded = iter(ctx.saved_tensors if plan.guarded else ())  # torch checks their versions
-    leaves: list[Any] = []
-    for origin, i in plan.saved:
-        if origin == "residual":
-            leaves.append(export(residuals[i]) if through_call else residuals[i])
-        else:
-            is_number = origin == "input" and type(xs[i]) in _NUMBERS
-            leaf = xs[i] if is_number else next(guarded)
-            leaves.append(leaf if is_number or through_call else argument_of(leaf, x64=backward.x64))
-    if through_call:
-        return call(backward, [*leaves, *given])[0]
-    leaves += [argument_of(c, x64=backward.x64) for c in given]
-    return [export(out) for out in evaluate(backward, leaves)[0]]
+    saved = [
+        residuals[i] if origin == "residual"
+        else xs[i] if origin == "input" and type(xs[i]) in _NUMBERS
+        else next(guarded)
+        for origin, i in plan.saved
+    ]  # fmt: skip
+    if _functorch_active() or _dispatch_modes() or any(map(_is_legacy_batched, given)):
+        leaves = [x if type(x) in _NUMBERS or isinstance(x, torch.Tensor) else export(x) for x in (*saved, *given)]
+        return call(backward, leaves)[0]
+    arrays = [x if type(x) in _ARRAYS else argument_of(x, x64=backward.x64) for x in (*saved, *given)]
+    return [_from_capsule(_capsule_of(out)) for out in evaluate(backward, arrays)[0]]
 
 
 # --- the op -----------------------------------------------------------------------------------------------------------
@@ -377,7 +377,7 @@ class _Traced(torch.autograd.Function):
         full = jax_call(list(xs), forward.number)
         plan: Plan = forward.outputs(_avals(flat, xs)).structure.value
         outs = tuple(full[: plan.count])
-        ctx.mark_non_differentiable(*[out for out, smooth in zip(outs, plan.smooth, strict=True) if not smooth])
+        ctx.mark_non_differentiable(*[outs[i] for i in plan.rough])
         of = {"input": xs, "output": outs, "residual": full[plan.count :]}
         ctx.kept = flat, plan, len(xs)
         ctx.save_for_backward(*xs, *(of[origin][i] for origin, i in plan.saved))

@@ -33,7 +33,8 @@ class Plan:
         structure: of the outputs, as the function itself returned it.
         saved: where each residual is found: ("input", i), ("output", i) or ("residual", i).
         inexact: for each output, whether it is of floating-point or complex numbers.
-        smooth: for each output, whether it has a derivative in some active input.
+        rough: the outputs that have no derivative in any active input.
+        guarded: of what is saved, what is an input or an output.
         reached: for each output that is inexact, the active inputs that its cotangent reaches.
         pull: `(saved, cotangents)` to the cotangents of the active primals, under a trace.
     """
@@ -52,7 +53,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         smooth = iter(map(any, self.reached))
-        self.smooth: Mask = tuple(inexact and next(smooth) for inexact in self.inexact)
+        self.rough = [i for i, inexact in enumerate(self.inexact) if not (inexact and next(smooth))]
         self.guarded = tuple(place for place in self.saved if place[0] != "residual")
 
     def reach(self, need: Mask, present: Mask) -> Mask:
