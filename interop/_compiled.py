@@ -1,9 +1,10 @@
 """A crossing inside `torch.compile`: Dynamo sees one opaque call of flat values, and rebuilds the result around it.
 
-Dynamo can't trace JAX, nor our marshaller. `torch._dynamo.nonstrict_trace` runs the real entry on fake tensors instead,
-where the op of `_in_torch` knows what to do. It admits tensors, numbers and strings in containers, and returns tensors:
-whatever else is an argument travels as the name of an entry in a table, and the structure of the result is fetched from
-one afterwards.
+Dynamo can't trace JAX, nor our marshaller. So the arguments are taken apart in operations that it can trace, and a
+function that it puts into its graph as it is runs the real entry, on fake tensors, where the op of `_in_torch` knows
+what to do. That function takes tensors, numbers and the structure around them as nested tuples of constants, and
+returns tensors; whatever else is an argument travels as the name of an entry in a table, and the structure of the
+result is fetched from one afterwards.
 """
 
 from __future__ import annotations
@@ -11,20 +12,18 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as torch_pytree
 
-from interop._errors import UnsupportedError
-from interop._marshal import Tree
+from interop._errors import ContainerError, UnsupportedError
+from interop._marshal import Kind, flatten
 from interop._private import torch as torch_private
 
-_MARK = "\0interop:"  # no user's string starts so
 _ENTRIES: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 _tokens = itertools.count()
-_passed: dict[str, Any] = {}
 
 
 class _Traced(threading.local):
@@ -41,41 +40,68 @@ def register(entry: Any) -> str:
     return name
 
 
+# --- traced by Dynamo -------------------------------------------------------------------------------------------------
+
+
 def call(name: str, jittable: bool, args: Any, kwargs: Any) -> Any:
     """Called by code that Dynamo traces: everything here is traced too, but for the functions marked constant."""
     _prepare()
     if not jittable:
         return _eager(name, args, kwargs)
-    args, kwargs = torch_pytree.tree_map(_encode, (args, kwargs))
-    outs = _opaque(name, args, kwargs)
-    return _rebuild(_structure(), outs)
+    leaves: list[Any] = []
+    structure = _take_apart((args, kwargs), leaves)
+    outs = _opaque(name, structure, *leaves)
+    return _put_together(_structure(), outs)
 
 
-def _encode(leaf: Any) -> Any:
-    return leaf if isinstance(leaf, torch.Tensor | int | float | complex) else str(_intern(leaf))
+def _take_apart(x: Any, leaves: list[Any]) -> Any:
+    """The structure of a value, in nested tuples of constants; its tensors and numbers go to the leaves."""
+    if isinstance(x, torch.Tensor) or (isinstance(x, int | float | complex) and not isinstance(x, bool)):
+        leaves.append(x)
+        return ("leaf", len(leaves) - 1)
+    if x is None or isinstance(x, bool | str):
+        return ("static", x)
+    if type(x) is dict:
+        return ("dict", *[(key, _take_apart(value, leaves)) for key, value in x.items()])
+    if type(x) is list:
+        return ("list", *[_take_apart(value, leaves) for value in x])
+    if type(x) is tuple:
+        return ("tuple", *[_take_apart(value, leaves) for value in x])
+    if isinstance(x, tuple) and hasattr(x, "_fields"):
+        return ("named", str(_intern(type(x))), *[_take_apart(value, leaves) for value in x])
+    if hasattr(type(x), "__dataclass_fields__") and _is_plain_dataclass(type(x)):
+        fields = [(field, _take_apart(getattr(x, field), leaves)) for field in _fields(type(x))]
+        return ("dataclass", str(_intern(type(x))), *fields)
+    return ("passed", str(_intern(x)))
 
 
-def _rebuild(structure: Any, outs: Sequence[Any]) -> Any:
-    """The result from its leaves, in operations that Dynamo can trace."""
-    kind, rest = structure[0], structure[1:]
+def _put_together(structure: Any, leaves: Sequence[Any]) -> Any:
+    """The value of a structure."""
+    kind = structure[0]
     if kind == "leaf":
-        return outs[rest[0]]
+        return leaves[structure[1]]
     if kind == "static":
-        return rest[0]
+        return structure[1]
+    if kind == "passed":
+        return _passed(structure[1])
     if kind == "dict":
-        return {key: _rebuild(value, outs) for key, value in rest}
-    items = [_rebuild(value, outs) for value in rest]
+        return {key: _put_together(value, leaves) for key, value in structure[1:]}
+    if kind == "dataclass":
+        return _passed(structure[1])(**{field: _put_together(value, leaves) for field, value in structure[2:]})
+    if kind == "named":
+        return _passed(structure[1])(*[_put_together(value, leaves) for value in structure[2:]])
+    items = [_put_together(value, leaves) for value in structure[1:]]
     return tuple(items) if kind == "tuple" else items
 
 
 # --- run by Dynamo, not traced ----------------------------------------------------------------------------------------
 
 
-def _opaque_body(name: str, args: Any, kwargs: Any) -> list[torch.Tensor]:
-    args, kwargs = torch_pytree.tree_map(lambda x: _passed.get(x, x) if type(x) is str else x, (args, kwargs))
+def _opaque_body(name: str, structure: Any, *leaves: Any) -> tuple[torch.Tensor, ...]:
+    args, kwargs = _put_together(structure, leaves)
     outs, tree = _ENTRIES[name].flat_call(args, kwargs)
-    _traced.structure = _constant_structure(tree)
-    return list(outs)
+    _traced.structure = _constant(tree.unflatten([_Leaf(i) for i in range(len(tree.kinds))]) if tree else ())
+    return tuple(outs)
 
 
 def _eager_body(name: str, args: Any, kwargs: Any) -> Any:
@@ -92,15 +118,8 @@ def _prepare() -> None:
     """Make the bodies known to Dynamo, when there is a Dynamo: importing it earlier would cost every user a second."""
     global _opaque, _eager  # noqa: PLW0603 - once in a process
     if _opaque is _opaque_body:
-        _opaque = torch_private.nonstrict_trace(_opaque_body)
+        _opaque = torch.compiler.allow_in_graph(_opaque_body)
         _eager = torch.compiler.disable(_eager_body, reason="the crossing is not jittable: stack @jittable")
-
-
-@torch_private.constant_result
-def _intern(value: Any) -> str:
-    name = f"{_MARK}{type(value).__qualname__}:{id(value)}"
-    _passed[name] = value
-    return name
 
 
 @torch_private.constant_result
@@ -109,12 +128,58 @@ def _structure() -> Any:
     return _traced.structure
 
 
-def _constant_structure(tree: Tree | None) -> Any:
-    """The structure of the outputs as nested tuples of constants."""
-    if tree is None:
-        return ("tuple",)
-    count = len(tree.kinds)
-    return _constant(tree.unflatten([_Leaf(i) for i in range(count)]))
+@torch_private.constant_result
+def _fields(kind: type) -> tuple[str, ...]:
+    return tuple(kind.__dataclass_fields__)  # type: ignore[attr-defined]
+
+
+@torch_private.constant_result
+def _is_plain_dataclass(kind: type) -> bool:
+    """Whether its instances are made of its fields, by an `__init__` that Python wrote."""
+    return bool(kind.__dataclass_params__.init) and not hasattr(kind, "tree_flatten")  # type: ignore[attr-defined]
+
+
+# --- what can't be a constant of a graph ------------------------------------------------------------------------------
+
+_CAPACITY = 4096
+_interned: OrderedDict[str, Any] = OrderedDict()
+_names: dict[Any, str] = {}
+
+
+@torch_private.constant_result
+def _intern(value: Any) -> str:
+    """The name of a value that passes by a graph; the last of them are kept, for the graphs that name them."""
+    leaves, tree = flatten(value, numbers_static=True)
+    if Kind.TENSOR in tree.kinds:
+        raise ContainerError(
+            f"a {type(value).__qualname__} that holds a tensor can't be opened inside torch.compile",
+            hint="Pass a tuple, list, dict, named tuple or dataclass there",
+        )
+    key = (type(value), value) if not leaves and _is_hashable(value) else (type(value), id(value))
+    name = _names.get(key)
+    if name is None:
+        name = _names[key] = f"{type(value).__qualname__}{next(_tokens)}"
+        _interned[name] = value
+        if len(_interned) > _CAPACITY:
+            oldest, _ = _interned.popitem(last=False)
+            _names.pop(next(k for k, n in _names.items() if n == oldest))
+    return name
+
+
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+@torch_private.constant_result
+def _passed(name: str) -> Any:
+    found = _interned.get(name)
+    if found is None:
+        raise UnsupportedError("a graph names a value that is gone", hint="Call torch._dynamo.reset()")
+    return found
 
 
 class _Leaf:
@@ -125,15 +190,21 @@ class _Leaf:
 
 
 def _constant(value: Any) -> Any:
-    if type(value) is _Leaf:
+    """The structure of a result in nested tuples of constants."""
+    kind = type(value)
+    if kind is _Leaf:
         return ("leaf", value.index)
-    if type(value) is dict:
+    if kind is dict:
         return ("dict", *((key, _constant(item)) for key, item in value.items()))
-    if type(value) in (tuple, list):
-        return (type(value).__name__, *map(_constant, value))
-    if value is None or type(value) in (bool, int, float, str):
+    if kind in (tuple, list):
+        return (kind.__name__, *map(_constant, value))
+    if value is None or kind in (bool, int, float, str):
         return ("static", value)
+    if isinstance(value, tuple) and hasattr(kind, "_fields"):
+        return ("named", _intern(kind), *map(_constant, value))
+    if hasattr(kind, "__dataclass_fields__") and _is_plain_dataclass(kind):
+        return ("dataclass", _intern(kind), *((field, _constant(getattr(value, field))) for field in _fields(kind)))
     raise UnsupportedError(
-        f"a result of type {type(value).__qualname__} can't be rebuilt inside torch.compile",
-        hint="Return a tuple, list or dict there",
+        f"a result of type {kind.__qualname__} can't be rebuilt inside torch.compile",
+        hint="Return a tuple, list, dict, named tuple or dataclass there",
     )

@@ -10,7 +10,6 @@ import copy
 import functools
 import importlib
 import inspect
-import sys
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +35,7 @@ from interop._leaf import (
     torch_dtype,
     x64_enabled,
 )
+from interop._located import find, locate, look_up
 from interop._marshal import SINGLE_TENSOR, Kind, Marshaller, Spec, Tree, find_closed_over, flatten
 from interop._module import ModuleFunction
 from interop._side import JAX, TORCH, Leaf, Leaves, Side
@@ -133,12 +133,12 @@ class Entry:
         kinds = set(spec.kinds)
         impls: tuple[str | None, ...] = ()
         if kinds <= {self.own}:
-            flat = spec.memo["direct"] = self._flat(spec)
+            flat = spec.memo["direct"] = self.flat(spec)
             return self.engine_call(flat, leaves)
         if not kinds <= {self.own, Kind.NUMBER}:
             leaves, impls = self._converted(leaves, spec)
         if Kind.NUMBER not in kinds or not self.bakes_numbers:
-            flat = _bounded(spec.memo, ("flat", impls), lambda: self._flat(spec, impls=impls))
+            flat = _bounded(spec.memo, ("flat", impls), lambda: self.flat(spec, impls=impls))
             try:
                 return self.engine_call(flat, leaves)
             except (TypeError, ValueError, IndexError) as error:
@@ -160,7 +160,7 @@ class Entry:
         numbers = tuple(_concrete(leaf) for leaf, kind in pairs if kind is Kind.NUMBER)
         rest = [leaf for leaf, kind in pairs if kind is not Kind.NUMBER]
         key = ("baked", tuple((type(n), repr(n)) for n in numbers), impls)
-        return self.engine_call(_bounded(spec.memo, key, lambda: self._flat(spec, numbers, impls)), rest)
+        return self.engine_call(_bounded(spec.memo, key, lambda: self.flat(spec, numbers, impls)), rest)
 
     def _number_too_large(self, leaves: list[Leaf], spec: Any, error: OverflowError) -> OverflowError:
         """JAX's refusal of a Python integer in the words of the library; any other error is the user's."""
@@ -169,7 +169,7 @@ class Entry:
                 return _located(too_large(leaves[index]).at(index), self.record.name, spec)  # type: ignore[return-value]
         return error
 
-    def _flat(self, spec: Spec, numbers: tuple[Any, ...] | None = None, impls: tuple[str | None, ...] = ()) -> Flat:
+    def flat(self, spec: Spec, numbers: tuple[Any, ...] | None = None, impls: tuple[str | None, ...] = ()) -> Flat:
         """The function of one structure of call, as a flat function of its dynamic leaves."""
         record, guest, function = self.record, self.record.guest, self.record.function
         dynamic = [i for i, kind in enumerate(spec.kinds) if numbers is None or kind is not Kind.NUMBER]
@@ -200,9 +200,46 @@ class Entry:
 
         levels = Levels(record.differentiable, record.jittable, promised, record.jit, record.vmap)
         nondiff = tuple(spec.argnames[i] in record.nondiff_argnames for i in dynamic) if record.nondiff_argnames else ()
-        kind: Any = _in_torch.JaxFlat if guest is JAX else _in_jax.TorchFlat
         lost = functools.partial(find_closed_over, function, _would_be_lost)
-        return kind(guest, fn, record.name, levels, nondiff, lambda i: spec.path(dynamic[i]), lost)
+        known = (guest, fn, record.name, levels, nondiff, lambda i: spec.path(dynamic[i]), lost)
+        if guest is TORCH:
+            return _in_jax.TorchFlat(*known)
+        return _in_torch.JaxFlat(*known, located=functools.partial(_located_call, record, spec, numbers, impls))
+
+
+def _located_call(record: Record, spec: Spec, numbers: Any, impls: Any) -> dict[str, Any]:
+    """How another process finds the function of one structure of call."""
+    try:
+        return {
+            "guest": locate(record.fn, _guest_of),
+            "options": {name: getattr(record, name) for name in _EXPORTED},
+            "call": spec.dump(),
+            "numbers": numbers,
+            "impls": impls,
+        }
+    except InteropError as error:
+        raise _located(error, record.name) from error.__cause__
+
+
+_EXPORTED = ("differentiable", "jittable", "nondiff_argnames", "static_argnames")
+
+
+def _load_call(located: dict[str, Any]) -> Any:
+    """The flat function of a call that another process has located."""
+    options = {name: tuple(v) if isinstance(v, list) else v for name, v in located["options"].items()}
+    entry = Entry(Record(find(located["guest"], _guest_of), TORCH, **options))
+    numbers = None if located["numbers"] is None else tuple(located["numbers"])
+    return entry.flat(Spec.load(located["call"]), numbers, tuple(located["impls"]))
+
+
+_in_torch.FLATS.load = _load_call
+
+
+def _guest_of(x: Any) -> Any:
+    """The function under what a module or a class holds."""
+    if isinstance(x, staticmethod | classmethod):
+        x = x.__func__
+    return _record_of(x).fn if isinstance(x, Crossing | BoundCrossing) else x
 
 
 def _concrete(number: Any) -> Any:
@@ -535,21 +572,14 @@ def _reduced(crossing: Crossing) -> Any:
     """By qualified name where the module's attribute is the crossing itself, else by what it was made of."""
     fn = crossing._self_record.fn
     module, name = getattr(fn, "__module__", None), getattr(fn, "__qualname__", None)
-    if module and name and _lookup(module, name) is crossing:
+    if module and name and look_up(module, name) is crossing:
         return _find, (module, name)
     return Crossing, (crossing._self_record,)
 
 
-def _lookup(module: str, name: str) -> Any:
-    found: Any = sys.modules.get(module)
-    for part in name.split("."):
-        found = getattr(found, "__dict__", {}).get(part) if isinstance(found, type) else getattr(found, part, None)
-    return found
-
-
 def _find(module: str, name: str) -> Any:
     importlib.import_module(module)
-    return _lookup(module, name)
+    return look_up(module, name)
 
 
 # --- refining ---------------------------------------------------------------------------------------------------------

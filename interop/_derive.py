@@ -6,6 +6,7 @@ from it, and what is derived is a `Flat` again: that is why a crossing is closed
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from typing import Any, Self, TypeAlias, TypeVar
 
 import jax
 
+from interop._errors import InteropError
 from interop._side import Leaf, Leaves, Side
 
 FlatFn: TypeAlias = "Callable[..., tuple[Leaves, Static]]"
@@ -96,6 +98,14 @@ class Flat:
     def vmap(self, in_axes: Axes) -> Self:
         """The function over a batch: every output has the batch as its first axis."""
         return self.memo(("vmap", in_axes), lambda: self.derived("vmap", derive_vmap(self, in_axes)))
+
+    def locate(self, error: InteropError) -> InteropError:
+        """The error with the function and the path of the leaf in it, where no frame above will fill them in."""
+        error.function = error.function or self.name
+        if error.argument is None and error.leaf is not None and self.path is not None:
+            with contextlib.suppress(IndexError):  # a cotangent or a residual is no argument
+                error.argument = self.path(error.leaf)
+        return error
 
     def derived(self, kind: str, fn: FlatFn) -> Self:
         """A function derived from this one."""

@@ -13,6 +13,7 @@ import dataclasses
 import dis
 import enum
 import functools
+import importlib
 import inspect
 import sys
 import types
@@ -23,8 +24,9 @@ import jax
 import numpy as np
 import torch
 
-from interop._errors import ContainerError, OptionError
+from interop._errors import ContainerError, OptionError, UnsupportedError
 from interop._leaf import describe
+from interop._located import look_up
 from interop._private import jax as jax_private
 from interop._private import torch as torch_private
 from interop._signature import compile_binder, signature_of
@@ -456,6 +458,52 @@ class Tree:
         return found
 
 
+def dump_tree(tree: Tree) -> list[Any]:
+    """A structure as data that JSON can hold; raises for a container or a static that has none."""
+    return list(map(_dump_token, tree.tokens))
+
+
+def load_tree(dumped: Sequence[Any]) -> Tree:
+    """The structure again."""
+    return Tree(tuple(map(_load_token, dumped)))
+
+
+def _dump_token(token: Any) -> Any:
+    if type(token) is Kind:
+        return token.name
+    if type(token) is _Static and (token.value is None or type(token.value) in (bool, int, float, str)):
+        return {"static": token.value}
+    if type(token) is _Container and token.type in _PLAIN_CONTAINERS:
+        keyed = issubclass(token.type, dict)
+        return {token.type.__name__: [key for _, key in token.aux] if keyed else token.count}
+    if type(token) is _Container and hasattr(token.type, "_fields"):
+        return {"named": [token.type.__module__, token.type.__qualname__]}
+    raise UnsupportedError(
+        f"a {token.type.__qualname__} can't be told to another process",
+        hint="Pass tuples, lists, dicts, named tuples, numbers and strings to what is exported",
+    )
+
+
+_PLAIN_CONTAINERS: dict[Any, Any] = {dict: dict.fromkeys, list: lambda n: [None] * n, tuple: lambda n: (None,) * n}
+_PLAIN_CONTAINERS[collections.OrderedDict] = collections.OrderedDict.fromkeys
+
+
+def _load_token(dumped: Any) -> Any:
+    if isinstance(dumped, str):
+        return Kind[dumped]
+    ((kind, of),) = dumped.items()
+    if kind == "static":
+        return _static(of)
+    if kind == "named":
+        importlib.import_module(of[0])
+        example = look_up(*of)._make([None] * len(look_up(*of)._fields))
+    else:
+        make = next(make for known, make in _PLAIN_CONTAINERS.items() if known.__name__ == kind)
+        example = make(of)
+    opener: Any = _OPENERS.get(type(example)) or _opener_for(example)
+    return opener(example)[0]
+
+
 def _build(tokens: Iterator[Any], leaves: Iterator[Any]) -> Any:
     token = next(tokens)
     if type(token) is Kind:
@@ -534,6 +582,15 @@ class Spec:
     def path(self, index: int) -> str:
         """Where a dynamic leaf is, from its parameter's name: `x['w'][0]`."""
         return [n + p for n, tree in zip(self._names, self._trees, strict=True) for p in tree.paths()][index]
+
+    def dump(self) -> dict[str, Any]:
+        """The structure as data that JSON can hold."""
+        return {"positional": self._positional, "names": self._names, "trees": list(map(dump_tree, self._trees))}
+
+    @classmethod
+    def load(cls, dumped: dict[str, Any]) -> Spec:
+        """The structure again."""
+        return cls(dumped["positional"], tuple(dumped["names"]), tuple(map(load_tree, dumped["trees"])))
 
 
 class Marshaller:

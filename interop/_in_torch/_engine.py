@@ -14,11 +14,11 @@ from typing import Any, TypeAlias
 import jax
 import torch
 
-from interop._abstract import Aval
 from interop._derive import Mask, Static, fill, pick
-from interop._errors import InteropError, LeafError, NotDifferentiableError, NotJittableError
+from interop._errors import InteropError, LeafError, NotDifferentiableError, NotJittableError, UnsupportedError
 from interop._in_torch._flat import FLATS, JaxFlat
 from interop._in_torch._residuals import Plan
+from interop._in_torch._sizes import avals_of, is_open, shaped
 from interop._leaf import (
     PLAIN,
     THREAD,
@@ -44,7 +44,7 @@ _NUMBERS = _PYTHON_NUMBERS | _SYMBOLS
 _ARRAYS = _PYTHON_NUMBERS | {jax_private.ArrayImpl}  # what a jitted function takes as it is
 _functorch_active, _dispatch_modes = torch_private.functorch_active, torch_private.dispatch_modes
 _forward_ad = torch.autograd.forward_ad
-_is_grad_enabled = torch.is_grad_enabled
+_is_grad_enabled, _is_tracing = torch.is_grad_enabled, torch_private.is_tracing
 _saved_tensors_are_watched, _keeps_graph = torch_private.saved_tensors_are_watched, torch_private.keeps_graph
 _is_legacy_batched = torch_private.is_legacy_batched
 _from_capsule, _capsule_of = torch_private.from_capsule, jax_private.capsule_of
@@ -63,7 +63,7 @@ def call(flat: JaxFlat, leaves: Sequence[Leaf]) -> _Result:
     if _functorch_active() or _forward_ad._current_level >= 0:
         torch_private.teach_functionalize(_Transformed)
         return _call_op(flat, leaves, _Transformed)
-    if _dispatch_modes():
+    if _dispatch_modes() or _is_tracing():
         return _call_op(flat, leaves, _Traced)
     arrays = []
     differentiated = False
@@ -101,7 +101,8 @@ def _call_carefully(flat: JaxFlat, leaves: Sequence[Leaf]) -> _Result:
     """A call with a leaf that is 64-bit, of an unusual layout, traced, batched by the older vmap, or refused."""
     leaves = [x if type(x) in _NUMBERS else torch_private.unwrap_if_dead(x) for x in leaves]
     tensors = [leaf for leaf in leaves if type(leaf) not in _NUMBERS]
-    if any(map(torch_private.is_fake, tensors)) or any(type(leaf) in _SYMBOLS for leaf in leaves):
+    is_meta = flat.levels.jittable and any(t.is_meta for t in tensors)
+    if is_meta or any(map(torch_private.is_fake, tensors)) or any(type(leaf) in _SYMBOLS for leaf in leaves):
         return _call_op(flat, leaves, _Traced)
     if any(map(_is_legacy_batched, tensors)):
         return _call_legacy_batched(flat, leaves)
@@ -269,67 +270,86 @@ def _from_residuals(backward: JaxFlat, ctx: Any, cotangents: Sequence[Any]) -> S
 _LIBRARY = torch.library.Library("interop", "FRAGMENT")
 
 
-def _op(xs: list[torch.Tensor], flat: int) -> list[torch.Tensor]:
+def _op(xs: list[torch.Tensor], function: str) -> list[torch.Tensor]:
     """The op on real tensors."""
-    return [export(out) for out in evaluate(FLATS[flat], arrays_of(xs, x64=FLATS[flat].x64))[0]]
+    flat = FLATS[function]
+    try:
+        return [export(out) for out in evaluate(flat, arrays_of(xs, x64=flat.x64))[0]]
+    except InteropError as error:
+        raise flat.locate(error)  # noqa: B904 - the same error; in a graph, no frame above knows the function
 
 
-def _op_fake(xs: list[torch.Tensor], flat: int) -> list[torch.Tensor]:
+def _op_fake(xs: list[torch.Tensor], function: str) -> list[torch.Tensor]:
     """The op on tensors without values: shapes and dtypes from tracing the JAX function."""
-    function = FLATS[flat]
-    if not function.levels.jittable:
+    flat = FLATS[function]
+    if not flat.levels.jittable:
         raise NotJittableError("traced by torch", hint="Stack @jittable")
     if any(x.is_meta for x in xs) and not all(x.is_meta for x in xs):
         raise LeafError("a tensor on the 'meta' device has no values", hint="Materialise it with to_empty()")
+    FLATS.keep(function, flat)
     device = xs[0].device if xs else torch.device("cpu")
-    outs = function.outputs(_avals(function, xs)).avals
-    return [torch.empty(out.shape, dtype=TORCH_OF[out.dtype], device=device) for out in outs]
+    outs = shaped(flat, xs)
+    return [torch.empty(s, dtype=dtype, device=device) for s, dtype in zip(outs.shapes, outs.dtypes, strict=True)]
 
 
-def _op_vmap(_info: Any, in_dims: tuple[Any, ...], xs: list[torch.Tensor], flat: int) -> tuple[list[torch.Tensor], Any]:
+def _op_autograd(xs: list[torch.Tensor], function: str) -> list[torch.Tensor]:
+    """The op in a graph that is differentiated later: an exported program, or one that `make_fx` has recorded."""
+    if _functorch_active() or torch_private.has_tangent(xs):
+        return list(_Transformed.apply(FLATS[function], *xs))
+    if _is_grad_enabled() and any(x.requires_grad for x in xs):
+        return list(_Traced.apply(FLATS[function], *xs))
+    with torch_private.below_autograd():
+        return list(jax_call(xs, function))
+
+
+def _op_vmap(_info: Any, in_dims: tuple[Any, ...], xs: list[torch.Tensor], function: str) -> tuple[list[Any], Any]:
     """The op over a batch, for a graph that holds it and is itself mapped."""
     dims = tuple(in_dims[0]) if isinstance(in_dims[0], list | tuple) else (in_dims[0],) * len(xs)
-    outs = jax_call(xs, FLATS[flat].vmap(dims).number)
+    outs = jax_call(xs, FLATS[function].vmap(dims).name_of_op)
     return outs, [0] * len(outs)
 
 
-def _op_legacy_batched(xs: list[torch.Tensor], flat: int) -> list[torch.Tensor]:
+def _op_legacy_batched(xs: list[torch.Tensor], function: str) -> list[torch.Tensor]:
     """The op over a batch of the older vmap."""
-    return list(_call_legacy_batched(FLATS[flat], xs)[0])
+    return list(_call_legacy_batched(FLATS[function], xs)[0])
 
 
 if not hasattr(torch.ops.interop, "jax_call"):  # a reload of the module finds it registered
-    _LIBRARY.define("jax_call(Tensor[] xs, int flat) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.define("jax_call(Tensor[] xs, str function) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl("jax_call", _op, "CompositeExplicitAutograd")
     torch.library.register_fake("interop::jax_call", _op_fake, lib=_LIBRARY)
+    if torch_private.below_autograd is not None:
+        _LIBRARY.impl("jax_call", _op_autograd, "Autograd")
     _LIBRARY.impl("jax_call", _op_legacy_batched, "Batched")
     torch.library.register_vmap("interop::jax_call", _op_vmap, lib=_LIBRARY)
 jax_call = torch.ops.interop.jax_call.default
 
 
-def _avals(flat: JaxFlat, xs: Sequence[torch.Tensor]) -> tuple[Aval, ...]:
-    """The avals in which JAX sees these tensors. A symbolic size is specialised."""
-    return tuple(Aval(tuple(map(int, x.shape)), jax_dtype(x.dtype, x64=flat.x64)) for x in xs)
-
-
 def _call_op(flat: JaxFlat, leaves: Sequence[Leaf], function: Any) -> _Result:
     """Call through the op: numbers become tensors, and the structure is found without values."""
+    if torch_private.is_tracing():
+        raise UnsupportedError("torch.jit.trace sees nothing of a JAX function", hint="Use torch.export")
     is_number = tuple(type(leaf) in _NUMBERS for leaf in leaves)
     given = [leaf for leaf in leaves if type(leaf) not in _NUMBERS]
     if any(x.dtype in WIDE_FLOATS for x in given):
         flat = flat.wide()
-    fake = next(filter(torch_private.is_fake, given), None)
+    traced = next(filter(torch_private.is_traced, given), None)
     device = given[0].device if given else _CPU
-    tensors = [_lift(x, fake, device, x64=flat.x64) if n else x for x, n in zip(leaves, is_number, strict=True)]
+    tensors = [_lift(x, traced, device, x64=flat.x64) if n else x for x, n in zip(leaves, is_number, strict=True)]
     flat = flat.lifted(is_number)
-    outs = function.apply(flat, *tensors)
-    return list(outs), flat.outputs(_avals(flat, tensors)).structure.value
+    if (
+        function is _Traced and torch.compiler.is_exporting()
+    ):  # whoever trains the program further differentiates the op
+        outs = jax_call(tensors, flat.name_for(exported=True))
+    else:
+        outs = function.apply(flat, *tensors)
+    return list(outs), shaped(flat, tensors).structure.value
 
 
 def _refuse_subclasses(leaves: Sequence[Leaf]) -> None:
     """Raise for a tensor whose memory is not its value, before torch looks for a rule of the op for it."""
     for index, leaf in enumerate(leaves):
-        if type(leaf) not in _NUMBERS and type(leaf) not in PLAIN and not torch_private.is_traced(leaf):
+        if type(leaf) not in PLAIN and not torch_private.is_traced(leaf):
             try:
                 resolve(leaf)
             except InteropError as error:
@@ -339,18 +359,21 @@ def _refuse_subclasses(leaves: Sequence[Leaf]) -> None:
 _CPU = torch.device("cpu")
 
 
-def _lift(number: Any, fake: Any, device: torch.device, *, x64: bool) -> Any:
-    """A number as a 0-d tensor of the dtype that JAX would give it, beside the others; fake beside fakes."""
+def _lift(number: Any, traced: Any, device: torch.device, *, x64: bool) -> Any:
+    """A number as a 0-d tensor of the dtype that JAX would give it, beside the others; traced beside traced ones."""
     kind: Any = type(number)
     wide = _WIDTHS[kind]
-    # What a symbol stands for is known when the graph runs: it goes whole, to be checked there as any tensor is.
-    dtype = wide if kind is torch.SymInt else TORCH_OF[jax_dtype(wide, x64=x64)]
-    try:
-        if fake is not None:
-            return fake.new_full((), number, dtype=dtype, device="cpu")
-        return torch.scalar_tensor(number, dtype=dtype, device=device)
-    except (RuntimeError, OverflowError):
-        raise too_large(int(complex(number).real)) from None
+    if kind is torch.SymInt:
+        # What the symbol stands for is known when the graph runs: it goes whole, to be checked there as any tensor is.
+        return torch.scalar_tensor(number, dtype=wide, device="cpu")
+    if kind is torch.SymFloat:  # torch keeps a float open that only multiplies tensors
+        return (torch.ones((), dtype=wide, device="cpu") * number).to(TORCH_OF[jax_dtype(wide, x64=x64)])
+    if kind is int and not x64 and not -(2**31) <= number < 2**31:
+        raise too_large(number)
+    dtype = TORCH_OF[jax_dtype(wide, x64=x64)]
+    if traced is not None:
+        return traced.new_full((), number, dtype=dtype, device="cpu")
+    return torch.scalar_tensor(number, dtype=dtype, device=device)
 
 
 _WIDTHS: dict[Any, torch.dtype] = {
@@ -362,6 +385,10 @@ _WIDTHS: dict[Any, torch.dtype] = {
 }
 
 
+def _is_inexact(x: torch.Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
+
+
 class _Traced(torch.autograd.Function):
     """Tensors without values, or whose saved tensors are watched: forward with residuals and backward, both as ops."""
 
@@ -371,11 +398,15 @@ class _Traced(torch.autograd.Function):
         check_differentiable(flat, active)
         _refuse_subclasses(xs)
         ctx.set_materialize_grads(False)
-        if not any(active):
-            return tuple(jax_call(list(xs), flat.number))
+        if is_open(xs) or not any(active):  # another size may have other residuals: the primals alone are kept
+            outs = tuple(jax_call(list(xs), flat.name_of_op))
+            ctx.mark_non_differentiable(*[out for out in outs if not _is_inexact(out)])
+            ctx.kept = flat, None, len(xs)
+            ctx.save_for_backward(*xs)
+            return outs
         forward = flat.residual(active)
-        full = jax_call(list(xs), forward.number)
-        plan: Plan = forward.outputs(_avals(flat, xs)).structure.value
+        full = jax_call(list(xs), forward.name_of_op)
+        plan: Plan = forward.outputs(avals_of(flat, xs)).structure.value
         outs = tuple(full[: plan.count])
         ctx.mark_non_differentiable(*[outs[i] for i in plan.rough])
         of = {"input": xs, "output": outs, "residual": full[plan.count :]}
@@ -388,14 +419,15 @@ class _Traced(torch.autograd.Function):
         flat, plan, count = ctx.kept
         need = ctx.needs_input_grad[1:]
         present = tuple(c is not None for c in cotangents)
-        wanted, backward = plan.backward(need, present)
+        wanted = plan.reach(need, present) if plan else need if any(present) else (False,) * count
         grads: Sequence[Any] = ()
         if any(wanted):
             kept = ctx.saved_tensors  # unpacked once: checkpoint allows no more
-            if _is_grad_enabled():
+            if plan is None or _is_grad_enabled():
                 grads = _higher_order(flat, kept[:count], wanted, present, cotangents)
             else:
-                grads, _ = call(backward, [*kept[count:], *(c for c in cotangents if c is not None)])
+                given = [c for c in cotangents if c is not None]
+                grads, _ = call(plan.backward(need, present)[1], [*kept[count:], *given])
         return None, *fill((None,) * len(need), wanted, tuple(grads))
 
 
@@ -405,14 +437,14 @@ class _Transformed(torch.autograd.Function):
     @staticmethod
     def forward(flat: JaxFlat, *xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         _refuse_subclasses(xs)
-        return tuple(jax_call(list(xs), flat.number))
+        return tuple(jax_call(list(xs), flat.name_for(exported=torch.compiler.is_exporting())))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         flat, *xs = inputs
         check_differentiable(flat, ctx.needs_input_grad[1:])
         ctx.flat = flat
-        ctx.inexact = tuple(out.is_floating_point() or out.is_complex() for out in output)
+        ctx.inexact = tuple(map(_is_inexact, output))
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*[out for out, inexact in zip(output, ctx.inexact, strict=True) if not inexact])
         ctx.save_for_backward(*xs)

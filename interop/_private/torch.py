@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -113,6 +113,16 @@ def keeps_graph() -> bool:
 _functorch: Any = getattr(_C, "_functorch", None)
 
 
+# A context in which an op runs below autograd; None where it is missing.
+below_autograd: Any = getattr(_C, "_AutoDispatchBelowAutograd", None)
+
+
+def has_tangent(xs: Sequence[torch.Tensor]) -> bool:
+    """Whether one is a dual number of forward-mode AD."""
+    forward_ad: Any = torch.autograd.forward_ad
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in xs)
+
+
 def is_fake(t: Any) -> bool:
     """Whether it is a tensor without values that torch traces with."""
     return isinstance(t, FakeTensor)
@@ -135,13 +145,54 @@ def constant_result(fn: Callable[..., Any]) -> Callable[..., Any]:
     return fn
 
 
-def nonstrict_trace(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Opaque to Dynamo, traced by AOTAutograd; the public fallback does it for flat arguments."""
-    import torch._dynamo as dynamo  # noqa: PLC0415 - costs 0.75 s; only who compiles pays
+def never_traced(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Left out of every graph by Dynamo. `torch.compiler.disable` does so too, but imports Dynamo and costs a frame."""
+    fn._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return fn
 
-    trace: Any = None if PUBLIC_ONLY else getattr(dynamo, "nonstrict_trace", None)
-    traced: Callable[..., Any] = (trace or torch.compiler.allow_in_graph)(fn)
-    return traced
+
+is_tracing: Callable[[], bool] = getattr(_C, "_is_tracing", None) or torch.jit.is_tracing
+
+
+# --- sizes that are open ----------------------------------------------------------------------------------------------
+
+
+def symbol_of(size: Any) -> str | None:
+    """The name of a size that is one symbol; None for an expression, or without the private name."""
+    expression = getattr(getattr(size, "node", None), "expr", None)
+    return str(expression) if type(expression).__name__ == "Symbol" else None
+
+
+def expression_of(size: Any, known: Any) -> str | None:
+    """A size as an expression of known symbols, in JAX's words; None where there is none."""
+    return _worded(getattr(getattr(size, "node", None), "expr", None), known)
+
+
+def least(size: Any) -> int:
+    """The least that a size can be."""
+    try:
+        return int(size.node.shape_env.bound_sympy(size.node.expr).lower)
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        return 0
+
+
+_FUNCTIONS = {"FloorDiv": "floordiv", "Mod": "mod", "PythonMod": "mod", "Max": "max", "Min": "min"}
+
+
+def _worded(expression: Any, known: Any) -> str | None:
+    kind = type(expression).__name__
+    if getattr(expression, "is_Integer", False):
+        return str(int(expression))
+    if kind == "Symbol":
+        return str(expression) if str(expression) in known else None
+    parts = [_worded(part, known) for part in getattr(expression, "args", ())]
+    if not parts or None in parts:
+        return None
+    if kind == "Add":
+        return " + ".join(map(str, parts))
+    if kind in ("Mul", "Pow"):  # JAX's words have no parentheses
+        return None if any(" + " in str(p) for p in parts) else ("*" if kind == "Mul" else "^").join(map(str, parts))
+    return f"{_FUNCTIONS[kind]}({', '.join(map(str, parts))})" if kind in _FUNCTIONS else None
 
 
 # --- containers -------------------------------------------------------------------------------------------------------
