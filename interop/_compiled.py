@@ -83,13 +83,15 @@ def _put_together(structure: Any, leaves: Sequence[Any]) -> Any:
     if kind == "static":
         return structure[1]
     if kind == "passed":
-        return _passed(structure[1])
+        return getattr(_Interned, structure[1])
     if kind == "dict":
         return {key: _put_together(value, leaves) for key, value in structure[1:]}
     if kind == "dataclass":
-        return _passed(structure[1])(**{field: _put_together(value, leaves) for field, value in structure[2:]})
+        return getattr(_Interned, structure[1])(
+            **{field: _put_together(value, leaves) for field, value in structure[2:]}
+        )
     if kind == "named":
-        return _passed(structure[1])(*[_put_together(value, leaves) for value in structure[2:]])
+        return getattr(_Interned, structure[1])(*[_put_together(value, leaves) for value in structure[2:]])
     items = [_put_together(value, leaves) for value in structure[1:]]
     return tuple(items) if kind == "tuple" else items
 
@@ -142,8 +144,11 @@ def _is_plain_dataclass(kind: type) -> bool:
 # --- what can't be a constant of a graph ------------------------------------------------------------------------------
 
 _CAPACITY = 4096
-_interned: OrderedDict[str, Any] = OrderedDict()
-_names: dict[Any, str] = {}
+_names: OrderedDict[Any, str] = OrderedDict()
+
+
+class _Interned:
+    """The values by their names: attributes, which Dynamo can look up and guard one by one."""
 
 
 @torch_private.constant_result
@@ -158,11 +163,10 @@ def _intern(value: Any) -> str:
     key = (type(value), value) if not leaves and _is_hashable(value) else (type(value), id(value))
     name = _names.get(key)
     if name is None:
-        name = _names[key] = f"{type(value).__qualname__}{next(_tokens)}"
-        _interned[name] = value
-        if len(_interned) > _CAPACITY:
-            oldest, _ = _interned.popitem(last=False)
-            _names.pop(next(k for k, n in _names.items() if n == oldest))
+        name = _names[key] = f"value{next(_tokens)}"
+        setattr(_Interned, name, value)
+        if len(_names) > _CAPACITY:
+            delattr(_Interned, _names.popitem(last=False)[1])
     return name
 
 
@@ -172,14 +176,6 @@ def _is_hashable(value: Any) -> bool:
     except TypeError:
         return False
     return True
-
-
-@torch_private.constant_result
-def _passed(name: str) -> Any:
-    found = _interned.get(name)
-    if found is None:
-        raise UnsupportedError("a graph names a value that is gone", hint="Call torch._dynamo.reset()")
-    return found
 
 
 class _Leaf:

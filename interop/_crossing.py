@@ -24,7 +24,7 @@ import wrapt
 from interop import _compiled, _in_jax, _in_torch
 from interop._abstract import Aval, Outputs, aval_of, check_promise
 from interop._derive import Flat, Levels, Static
-from interop._errors import InteropError, LeafError, OptionError
+from interop._errors import InteropError, LeafError, OptionError, UnsupportedError
 from interop._leaf import (
     array_of_numpy,
     array_to_tensor,
@@ -226,7 +226,7 @@ _EXPORTED = ("differentiable", "jittable", "nondiff_argnames", "static_argnames"
 
 def _load_call(located: dict[str, Any]) -> Any:
     """The flat function of a call that another process has located."""
-    options = {name: tuple(v) if isinstance(v, list) else v for name, v in located["options"].items()}
+    options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in located["options"].items()}
     entry = Entry(Record(find(located["guest"], _guest_of), TORCH, **options))
     numbers = None if located["numbers"] is None else tuple(located["numbers"])
     return entry.flat(Spec.load(located["call"]), numbers, tuple(located["impls"]))
@@ -473,8 +473,8 @@ class Crossing(_Signed, wrapt.FunctionWrapper):  # type: ignore[misc, type-arg]
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         # Dynamo can't bind through wrapt; a partial of a plain object it can follow.
-        if instance is not None and torch.compiler.is_dynamo_compiling():
-            return functools.partial(self._self_method, instance)
+        if torch.compiler.is_dynamo_compiling():
+            return self if instance is None else functools.partial(self._self_method, instance)
         return super().__get__(instance, owner)
 
     def _self_bound(self, instance: Any) -> Any:
@@ -498,6 +498,10 @@ class Crossing(_Signed, wrapt.FunctionWrapper):  # type: ignore[misc, type-arg]
     def __reduce__(self) -> Any:
         return _reduced(self)
 
+    def __prepare_scriptable__(self) -> Any:
+        error = UnsupportedError("torch.jit.script has no words for a JAX function", hint="Use torch.export")
+        raise _located(error, self._self_record.name)
+
     def __copy__(self) -> Crossing:
         return Crossing(self._self_record)
 
@@ -511,6 +515,11 @@ class Crossing(_Signed, wrapt.FunctionWrapper):  # type: ignore[misc, type-arg]
         crossed = [record.host.decorator] if record.host else []
         return f"<{' '.join([*reversed(levels), *crossed])} {record.name}>"
 
+
+# wrapt keeps these two in a dictionary that Dynamo guards and does not read; of a property it does neither.
+_named: Any = Crossing
+_named.__module__ = property(lambda self: self._self_record.fn.__module__)
+_named.__doc__ = property(lambda self: self._self_record.fn.__doc__)
 
 _MAX_INSTANCES = 64
 
@@ -574,7 +583,11 @@ def _reduced(crossing: Crossing) -> Any:
     module, name = getattr(fn, "__module__", None), getattr(fn, "__qualname__", None)
     if module and name and look_up(module, name) is crossing:
         return _find, (module, name)
-    return Crossing, (crossing._self_record,)
+    return _make, (crossing._self_record,)
+
+
+def _make(record: Record) -> Crossing:
+    return Crossing(record)
 
 
 def _find(module: str, name: str) -> Any:

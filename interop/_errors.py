@@ -51,6 +51,9 @@ class InteropError(Exception):
         sentence = f"{head}: {', '.join(found)}" if found else head
         return f"{sentence}. {self.hint}" if self.hint else f"{sentence}."
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self)!r})"  # Dynamo shows this of an error that it wraps
+
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.__dict__)
 

@@ -195,6 +195,7 @@ class _Eager(torch.autograd.Function):
         return outs
 
     @staticmethod
+    @torch_private.never_traced  # by compiled autograd: what is kept is no tensor
     def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
         need = ctx.needs_input_grad[1:]
         present = tuple([c is not None for c in cotangents])
@@ -286,7 +287,8 @@ def _op_fake(xs: list[torch.Tensor], function: str) -> list[torch.Tensor]:
         raise NotJittableError("traced by torch", hint="Stack @jittable")
     if any(x.is_meta for x in xs) and not all(x.is_meta for x in xs):
         raise LeafError("a tensor on the 'meta' device has no values", hint="Materialise it with to_empty()")
-    FLATS.keep(function, flat)
+    if not torch_private.is_compiled():
+        FLATS.keep(function, flat)
     device = xs[0].device if xs else torch.device("cpu")
     outs = shaped(flat, xs)
     return [torch.empty(s, dtype=dtype, device=device) for s, dtype in zip(outs.shapes, outs.dtypes, strict=True)]
@@ -337,9 +339,9 @@ def _call_op(flat: JaxFlat, leaves: Sequence[Leaf], function: Any) -> _Result:
     device = given[0].device if given else _CPU
     tensors = [_lift(x, traced, device, x64=flat.x64) if n else x for x, n in zip(leaves, is_number, strict=True)]
     flat = flat.lifted(is_number)
-    if (
-        function is _Traced and torch.compiler.is_exporting()
-    ):  # whoever trains the program further differentiates the op
+    if _dispatch_modes() and not torch_private.is_compiled():
+        FLATS.keep(flat.name_of_op, flat)
+    if function is _Traced and torch.compiler.is_exporting():  # who trains the program further differentiates the op
         outs = jax_call(tensors, flat.name_for(exported=True))
     else:
         outs = function.apply(flat, *tensors)

@@ -44,21 +44,22 @@ def avals_of(flat: JaxFlat, xs: Sequence[torch.Tensor]) -> tuple[Aval, ...]:
 
 def shaped(flat: JaxFlat, xs: Sequence[torch.Tensor]) -> Shaped:
     """The shapes and dtypes of the outputs for these inputs, and their structure."""
-    if is_open(xs):
+    for shared in (False, True) if is_open(xs) else ():
         try:
-            return _shaped_openly(flat, xs)
-        except Exception:  # noqa: BLE001, S110 - JAX needs a size; an error of the user's comes again below
-            pass
+            return _shaped_openly(flat, _Symbols(xs, shared=shared))
+        except Exception:  # noqa: BLE001, S112 - JAX needs a size, or that two are one; the user's error comes again
+            continue
     outputs = flat.outputs(avals_of(flat, xs))
     dtypes = tuple(TORCH_OF[aval.dtype] for aval in outputs.avals)
     return Shaped(tuple(aval.shape for aval in outputs.avals), dtypes, outputs.structure)
 
 
-def _shaped_openly(flat: JaxFlat, xs: Sequence[torch.Tensor]) -> Shaped:
-    symbols = _Symbols(xs)
-    inputs = tuple((symbols.text(x.shape), jax_dtype(x.dtype, x64=flat.x64)) for x in xs)
+def _shaped_openly(flat: JaxFlat, symbols: _Symbols) -> Shaped:
+    inputs = tuple((symbols.text(x.shape), jax_dtype(x.dtype, x64=flat.x64)) for x in symbols.xs)
     bounds = tuple(symbols.bounds)
     texts, dtypes, structure = flat.memo(("open", inputs, bounds), lambda: _infer(flat, inputs, bounds))
+    for one, other in symbols.equal:
+        torch._check(one == other)  # torch guards it, as for an operation of its own that needs it
     return Shaped(tuple(tuple(map(symbols.read, text)) for text in texts), dtypes, structure)
 
 
@@ -77,15 +78,21 @@ def _infer(flat: JaxFlat, inputs: Sequence[tuple[str, Any]], bounds: Sequence[st
 class _Symbols:
     """The symbols in the sizes of some tensors, by the names that JAX gets to see."""
 
-    def __init__(self, xs: Sequence[torch.Tensor]) -> None:
+    def __init__(self, xs: Sequence[torch.Tensor], *, shared: bool) -> None:
+        self.xs = xs
         sizes = [size for x in xs for size in x.shape if isinstance(size, torch.SymInt)]
         self.named: dict[str, Any] = {}
+        self.equal: list[tuple[Any, Any]] = []
+        self.texts: dict[str, str] = {}
         for size in sizes:
             name = torch_private.symbol_of(size)
             if name:
                 self.named[name] = size
-        self.texts: dict[str, str] = {}
+        if shared:
+            self._share()
         for size in sizes:  # an expression of symbols that are sizes themselves, or a symbol of its own
+            if str(size) in self.texts:
+                continue
             text = torch_private.expression_of(size, self.named)
             if text is None:
                 text = f"expression{len(self.texts)}"
@@ -93,6 +100,17 @@ class _Symbols:
             self.texts[str(size)] = text
         # Torch makes no symbol of the sizes 0 and 1, and JAX need not ask.
         self.bounds = [f"{name} >= {max(torch_private.least(size), 1)}" for name, size in self.named.items()]
+
+    def _share(self) -> None:
+        """Take sizes for one that are equal in the call that is traced."""
+        first: dict[int, str] = {}
+        for name, size in list(self.named.items()):
+            hint = torch_private.size_hint(size)
+            if hint is None or first.setdefault(hint, name) == name:
+                continue
+            self.equal.append((self.named[first[hint]], size))
+            self.texts[str(size)] = first[hint]
+            del self.named[name]
 
     def text(self, shape: Sequence[Any]) -> str:
         """A shape as JAX parses it."""

@@ -145,13 +145,26 @@ def constant_result(fn: Callable[..., Any]) -> Callable[..., Any]:
     return fn
 
 
+_eval_frame: Any = getattr(getattr(_C, "_dynamo", None), "eval_frame", None)
+
+
 def never_traced(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Left out of every graph by Dynamo. `torch.compiler.disable` does so too, but imports Dynamo and costs a frame."""
-    fn._torchdynamo_disable = True  # type: ignore[attr-defined]
+    """Left out of every graph by Dynamo, with all that it calls; `torch.compiler.disable` would import Dynamo."""
+    marked: Any = fn
+    marked._torchdynamo_disable = True
+    if hasattr(_eval_frame, "set_code_exec_strategy"):
+        skip = _eval_frame._FrameAction.SKIP
+        _eval_frame.set_code_exec_strategy(marked.__code__, _eval_frame._FrameExecStrategy(skip, skip))
     return fn
 
 
-is_tracing: Callable[[], bool] = getattr(_C, "_is_tracing", None) or torch.jit.is_tracing
+def is_compiled() -> bool:
+    """Whether the graph that is being made belongs to compiled code, which is thrown away when its function is gone."""
+    guards: Any = importlib.import_module("torch._guards")
+    return guards.TracingContext.try_get() is not None
+
+
+is_tracing: Callable[[], bool] = getattr(_C, "_is_tracing", None) or _torch.jit.is_tracing
 
 
 # --- sizes that are open ----------------------------------------------------------------------------------------------
@@ -177,6 +190,12 @@ def least(size: Any) -> int:
 
 
 _FUNCTIONS = {"FloorDiv": "floordiv", "Mod": "mod", "PythonMod": "mod", "Max": "max", "Min": "min"}
+
+
+def size_hint(size: Any) -> int | None:
+    """What the size is in the call that is traced; None where nobody knows."""
+    hint = getattr(getattr(size, "node", None), "hint", None)
+    return hint if isinstance(hint, int) else None
 
 
 def _worded(expression: Any, known: Any) -> str | None:
