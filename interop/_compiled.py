@@ -101,7 +101,8 @@ def _put_together(structure: Any, leaves: Sequence[Any]) -> Any:
 
 def _opaque_body(name: str, structure: Any, *leaves: Any) -> tuple[torch.Tensor, ...]:
     args, kwargs = _put_together(structure, leaves)
-    outs, tree = _ENTRIES[name].flat_call(args, kwargs)
+    with torch_private.constants_allowed():  # an array of JAX or numpy among the arguments
+        outs, tree = _ENTRIES[name].flat_call(args, kwargs)
     _traced.structure = _constant(tree.unflatten([_Leaf(i) for i in range(len(tree.kinds))]) if tree else ())
     return tuple(outs)
 

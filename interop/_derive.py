@@ -101,7 +101,7 @@ class Flat:
 
     def locate(self, error: InteropError) -> InteropError:
         """The error with the function and the path of the leaf in it, where no frame above will fill them in."""
-        error.function = error.function or self.name
+        error.function = error.function or self.name.partition(".")[0]  # of the function, not of what is derived
         if error.argument is None and error.leaf is not None and self.path is not None:
             with contextlib.suppress(IndexError):  # a cotangent or a residual is no argument
                 error.argument = self.path(error.leaf)

@@ -396,10 +396,7 @@ def bump(sin: Fn) -> Fn:
     return lambda x: sin(x) * x**2
 
 
-WRAPPED = "functools.wraps copies from the wrapper what Dynamo, in its guards, does not find in its __dict__"
-
-
-@pytest.mark.parametrize("inside", rows(INSIDE, dict.fromkeys(("jacrev", "jacfwd"), WRAPPED)))
+@pytest.mark.parametrize("inside", rows(INSIDE))
 def test_a_transform_inside_a_graph(inside: Fn) -> None:
     x = ramp(2, 3).detach()
     close(compiled(inside(levels(bump(jnp.sin))))(x), inside(bump(torch.sin))(x))

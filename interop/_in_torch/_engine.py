@@ -61,8 +61,7 @@ def call(flat: JaxFlat, leaves: Sequence[Leaf]) -> _Result:
     if _config.jax_enable_x64:
         flat = flat.wide()
     if _functorch_active() or _forward_ad._current_level >= 0:
-        torch_private.teach_functionalize(_Transformed)
-        return _call_op(flat, leaves, _Transformed)
+        return _call_transformed(flat, leaves)
     if _dispatch_modes() or _is_tracing():
         return _call_op(flat, leaves, _Traced)
     arrays = []
@@ -84,6 +83,21 @@ def call(flat: JaxFlat, leaves: Sequence[Leaf]) -> _Result:
         return _call_differentiated(flat, leaves, arrays)
     outs, structure = evaluate(flat, arrays)
     return [_from_capsule(_capsule_of(out)) for out in outs], structure.value  # `export`, without its frame
+
+
+def _call_transformed(flat: JaxFlat, leaves: Sequence[Leaf]) -> _Result:
+    """Call the function below `torch.func` or forward AD.
+
+    A batch that is innermost is peeled off here, which costs less than torch's way of asking an autograd function.
+    """
+    peeled = None if torch.compiler.is_exporting() else torch_private.peel_vmap(leaves)
+    if peeled is None:
+        torch_private.teach_functionalize(_Transformed)
+        return _call_op(flat, leaves, _Transformed)
+    plain, axes, outside, wrap = peeled
+    with outside:
+        outs, structure = call(flat.vmap(axes) if any(a is not None for a in axes) else flat, plain)
+    return (wrap(outs) if any(a is not None for a in axes) else outs), structure
 
 
 def _call_differentiated(flat: JaxFlat, leaves: Sequence[Leaf], arrays: list[Any]) -> _Result:
@@ -207,7 +221,10 @@ class _Eager(torch.autograd.Function):
             grads = _higher_order(flat, _unchanged(xs, versions), wanted, present, cotangents)
         else:
             wanted, backward = plan.backward(need, present)
-            grads = _from_residuals(backward, ctx, cotangents) if True in wanted else ()
+            try:
+                grads = _from_residuals(backward, ctx, cotangents) if True in wanted else ()
+            except InteropError as error:
+                raise flat.locate(error)  # noqa: B904 - the same error; no frame above knows the function
         if plan.saved and not _keeps_graph():
             ctx.kept = None
         rest = iter(grads)
@@ -285,8 +302,10 @@ def _op_fake(xs: list[torch.Tensor], function: str) -> list[torch.Tensor]:
     flat = FLATS[function]
     if not flat.levels.jittable:
         raise NotJittableError("traced by torch", hint="Stack @jittable")
-    if any(x.is_meta for x in xs) and not all(x.is_meta for x in xs):
-        raise LeafError("a tensor on the 'meta' device has no values", hint="Materialise it with to_empty()")
+    without = [i for i, x in enumerate(xs) if x.is_meta]
+    if without and len(without) < len(xs):
+        error = LeafError("a tensor on the 'meta' device has no values", hint="Materialise it with to_empty()")
+        raise flat.locate(error.at(without[0]))
     if not torch_private.is_compiled():
         FLATS.keep(function, flat)
     device = xs[0].device if xs else torch.device("cpu")
@@ -341,17 +360,17 @@ def _call_op(flat: JaxFlat, leaves: Sequence[Leaf], function: Any) -> _Result:
     flat = flat.lifted(is_number)
     if _dispatch_modes() and not torch_private.is_compiled():
         FLATS.keep(flat.name_of_op, flat)
-    if function is _Traced and torch.compiler.is_exporting():  # who trains the program further differentiates the op
+    if torch.compiler.is_exporting():  # whoever runs the program transforms and differentiates the op
         outs = jax_call(tensors, flat.name_for(exported=True))
     else:
         outs = function.apply(flat, *tensors)
     return list(outs), shaped(flat, tensors).structure.value
 
 
-def _refuse_subclasses(leaves: Sequence[Leaf]) -> None:
+def _refuse(leaves: Sequence[Leaf]) -> None:
     """Raise for a tensor whose memory is not its value, before torch looks for a rule of the op for it."""
     for index, leaf in enumerate(leaves):
-        if type(leaf) not in PLAIN and not torch_private.is_traced(leaf):
+        if not torch_private.is_traced(leaf) and not leaf.is_meta:
             try:
                 resolve(leaf)
             except InteropError as error:
@@ -398,7 +417,7 @@ class _Traced(torch.autograd.Function):
     def forward(ctx: Any, flat: JaxFlat, *xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         active = ctx.needs_input_grad[1:]
         check_differentiable(flat, active)
-        _refuse_subclasses(xs)
+        _refuse(xs)
         ctx.set_materialize_grads(False)
         if is_open(xs) or not any(active):  # another size may have other residuals: the primals alone are kept
             outs = tuple(jax_call(list(xs), flat.name_of_op))
@@ -438,8 +457,8 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def forward(flat: JaxFlat, *xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        _refuse_subclasses(xs)
-        return tuple(jax_call(list(xs), flat.name_for(exported=torch.compiler.is_exporting())))
+        _refuse(xs)
+        return tuple(jax_call(list(xs), flat.name_of_op))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:

@@ -75,7 +75,9 @@ class Plan:
             cotangents = tuple(next(given) if p else None for p in pick(present, self.inexact))
             return pick(self.pull(leaves[: len(self.saved)], cotangents), pick(wanted, self.active)), NOTHING
 
-        return wanted, self.forward.variant(fn, x64=self.forward.x64)
+        backward = self.forward.variant(fn, x64=self.forward.x64)
+        backward.path = None  # its leaves are no arguments
+        return wanted, backward
 
 
 def residual_forward(flat: JaxFlat, active: Mask) -> FlatFn:

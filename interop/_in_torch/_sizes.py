@@ -18,6 +18,7 @@ import torch
 
 from interop._abstract import Aval
 from interop._derive import Static
+from interop._errors import InteropError
 from interop._in_torch._flat import JaxFlat
 from interop._leaf import TORCH_OF, jax_dtype
 from interop._private import torch as torch_private
@@ -39,7 +40,18 @@ def is_open(xs: Sequence[torch.Tensor]) -> bool:
 
 def avals_of(flat: JaxFlat, xs: Sequence[torch.Tensor]) -> tuple[Aval, ...]:
     """The avals in which JAX sees these tensors. A symbolic size is fixed."""
-    return tuple(Aval(tuple(map(int, x.shape)), jax_dtype(x.dtype, x64=flat.x64)) for x in xs)
+    return tuple(Aval(tuple(map(int, x.shape)), dtype) for x, dtype in zip(xs, _dtypes(flat, xs), strict=True))
+
+
+def _dtypes(flat: JaxFlat, xs: Sequence[torch.Tensor]) -> list[np.dtype[Any]]:
+    """The dtypes in which JAX sees these tensors; raises for one that it can't hold."""
+    found: list[np.dtype[Any]] = []
+    for index, x in enumerate(xs):
+        try:
+            found.append(jax_dtype(x.dtype, x64=flat.x64))
+        except InteropError as error:
+            raise flat.locate(error.at(index))  # noqa: B904 - the same error, located
+    return found
 
 
 def shaped(flat: JaxFlat, xs: Sequence[torch.Tensor]) -> Shaped:
@@ -55,12 +67,13 @@ def shaped(flat: JaxFlat, xs: Sequence[torch.Tensor]) -> Shaped:
 
 
 def _shaped_openly(flat: JaxFlat, symbols: _Symbols) -> Shaped:
-    inputs = tuple((symbols.text(x.shape), jax_dtype(x.dtype, x64=flat.x64)) for x in symbols.xs)
+    dtypes = _dtypes(flat, symbols.xs)
+    inputs = tuple((symbols.text(x.shape), dtype) for x, dtype in zip(symbols.xs, dtypes, strict=True))
     bounds = tuple(symbols.bounds)
-    texts, dtypes, structure = flat.memo(("open", inputs, bounds), lambda: _infer(flat, inputs, bounds))
+    texts, out_dtypes, structure = flat.memo(("open", inputs, bounds), lambda: _infer(flat, inputs, bounds))
     for one, other in symbols.equal:
         torch._check(one == other)  # torch guards it, as for an operation of its own that needs it
-    return Shaped(tuple(tuple(map(symbols.read, text)) for text in texts), dtypes, structure)
+    return Shaped(tuple(tuple(map(symbols.read, text)) for text in texts), out_dtypes, structure)
 
 
 def _infer(flat: JaxFlat, inputs: Sequence[tuple[str, Any]], bounds: Sequence[str]) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -158,6 +159,20 @@ def never_traced(fn: Callable[..., Any]) -> Callable[..., Any]:
     return fn
 
 
+@contextlib.contextmanager
+def constants_allowed() -> Generator[None]:
+    """Tensors with values may meet those without, in the tracer that is at work: they are constants of its graph."""
+    mode = _C._get_dispatch_mode(_C._TorchDispatchModeKey.FAKE) if _C else None
+    if mode is None:
+        yield
+        return
+    before, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True
+    try:
+        yield
+    finally:
+        mode.allow_non_fake_inputs = before
+
+
 def is_compiled() -> bool:
     """Whether the graph that is being made belongs to compiled code, which is thrown away when its function is gone."""
     guards: Any = importlib.import_module("torch._guards")
@@ -254,6 +269,42 @@ def unbatch(t: torch.Tensor) -> torch.Tensor:
 def batch(t: torch.Tensor) -> torch.Tensor:
     """Values as a legacy batched tensor, mapped over their first axis."""
     return torch._add_batch_dim(t, 0, 1)
+
+
+def peel_vmap(leaves: Sequence[Any]) -> tuple[list[Any], tuple[int | None, ...], Any, Callable[[Any], Any]] | None:
+    """Where the innermost transform is `vmap`: what the leaves hold, their batch axes, a context outside, a way back.
+
+    None where it is another one, or without the private names: torch then asks the autograd function.
+    """
+    layer = _functorch.peek_interpreter_stack() if _functorch else None
+    if layer is None or layer.key() != _functorch.TransformType.Vmap:
+        return None
+    level = layer.level()
+    plain: list[Any] = []
+    axes: list[int | None] = []
+    for leaf in leaves:
+        x = unwrap_if_dead(leaf) if isinstance(leaf, torch.Tensor) else leaf
+        if isinstance(x, torch.Tensor) and _functorch.is_batchedtensor(x) and _functorch.maybe_get_level(x) == level:
+            plain.append(_functorch.get_unwrapped(x))
+            axes.append(_functorch.maybe_get_bdim(x))
+        else:
+            plain.append(x)
+            axes.append(None)
+
+    def wrap(outs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [_functorch._add_batch_dim(out, 0, level) for out in outs]
+
+    return plain, tuple(axes), _Outside(), wrap
+
+
+class _Outside:
+    """Outside the innermost transform of `torch.func`."""
+
+    def __enter__(self) -> None:
+        self.layer = _functorch.pop_dynamic_layer_stack()
+
+    def __exit__(self, *_: object) -> None:
+        _functorch.push_dynamic_layer_stack(self.layer)
 
 
 @functools.cache
