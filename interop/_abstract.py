@@ -34,11 +34,13 @@ class Outputs:
         avals: of the leaves, in order.
         structure: what `flat.fn` returns beside the leaves.
         random: whether it draws from torch's generator.
+        effects: whether it does more than compute: print, call back.
     """
 
     avals: tuple[Aval, ...]
     structure: Static
     random: bool = False
+    effects: bool = False
 
 
 def aval_of(leaf: Any) -> Aval:
@@ -50,8 +52,10 @@ def aval_of(leaf: Any) -> Aval:
 def infer_jax(flat: Flat, avals: Sequence[Aval], *, x64: bool) -> Outputs:
     """The outputs of a JAX function, by tracing it."""
     with jax.enable_x64(x64):
-        outs, structure = jax.eval_shape(flat.fn, *(jax.ShapeDtypeStruct(*aval) for aval in avals))
-    return Outputs(tuple(Aval(out.shape, np.dtype(out.dtype)) for out in outs), structure)
+        structs = (jax.ShapeDtypeStruct(*aval) for aval in avals)
+        program, (outs, structure) = jax.make_jaxpr(flat.fn, return_shape=True)(*structs)
+    found = tuple(Aval(out.shape, np.dtype(out.dtype)) for out in outs)
+    return Outputs(found, structure, effects=bool(program.effects))
 
 
 def infer_torch(flat: Flat, avals: Sequence[Aval]) -> Outputs:

@@ -70,7 +70,9 @@ def as_torch(
     Args:
         fn: a function of arrays, or anything callable; without it, the decorator with these options.
         static_argnames: arguments that are static whatever they are.
-        jit: whether the function may be traced; only True is supported.
+        jit: False for a function that can't be traced (it looks at values, calls numpy): it runs as it is, operation by
+            operation, on copies of its arguments, and its results are copied. With `differentiable` it may do what JAX
+            allows on values that are being differentiated: compare them, but not make a Python number of one.
         signature: a stub whose signature is shown, and checked statically, instead of the translated one.
 
     Returns:
@@ -83,8 +85,6 @@ def as_torch(
         NotDifferentiableError: a tensor that requires grad, without `differentiable`.
         NotJittableError: a trace by torch, without `jittable`.
     """
-    if not jit:
-        raise UnsupportedError("as_torch(jit=False) is not there yet", hint="Remove it if the function can be traced")
     options = {"host": TORCH, "static_argnames": _names(static_argnames), "jit": jit, "signature": signature}
     return _decorate(fn, options)
 

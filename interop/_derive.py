@@ -155,9 +155,6 @@ def derive_vjp(flat: Flat, nonzero: Mask, present: Mask) -> FlatFn:
     """
     count, side = len(nonzero), flat.side
 
-    def conj(x: Leaf) -> Leaf:
-        return side.conj(x) if side.is_complex(x) else x
-
     def vjp(*leaves: Leaf) -> tuple[Leaves, Static]:
         primals, given = leaves[:count], iter(leaves[count:])
         inexact: list[bool] = []
@@ -169,8 +166,10 @@ def derive_vjp(flat: Flat, nonzero: Mask, present: Mask) -> FlatFn:
 
         outs, pull = side.vjp(part, *pick(primals, nonzero))
         here = pick(present, tuple(inexact))
-        cotangents = tuple(conj(next(given)) if p else side.zeros_like(o) for p, o in zip(here, outs, strict=True))
-        return tuple(conj(x) for x in pull(cotangents)), NOTHING
+        cotangents = tuple(
+            side.conjugated(next(given)) if p else side.zeros_like(o) for p, o in zip(here, outs, strict=True)
+        )
+        return tuple(map(side.conjugated, pull(cotangents))), NOTHING
 
     return vjp
 

@@ -35,6 +35,10 @@ class Side:
     vjp: Callable[..., tuple[Leaves, Callable[[Leaves], Leaves]]]
     vmap: Callable[[LeavesFn, tuple[int | None, ...]], LeavesFn]
 
+    def conjugated(self, x: Leaf) -> Leaf:
+        """The conjugate of a complex leaf, any other leaf itself: a gradient of torch is the conjugate of JAX's."""
+        return self.conj(x) if self.is_complex(x) else x
+
     def __repr__(self) -> str:
         return self.name
 

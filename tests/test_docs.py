@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from interop import UnsupportedError, as_jax, as_torch
+from interop import UnsupportedError, as_jax
 from test_transforms import GAPS
 from test_transforms import __file__ as TRANSFORMS
 
@@ -55,8 +55,8 @@ def test_the_readme_names_targets_that_exist() -> None:
 
 @pytest.mark.parametrize(
     "ask",
-    [lambda: as_jax(abs, rng="key"), lambda: as_jax(abs, mutable=True), lambda: as_torch(abs, jit=False)],
-    ids=["rng", "mutable", "jit"],
+    [lambda: as_jax(abs, rng="key"), lambda: as_jax(abs, mutable=True)],
+    ids=["rng", "mutable"],
 )
 def test_what_is_not_there_yet_says_so(ask) -> None:
     with pytest.raises(UnsupportedError, match="not there yet"):

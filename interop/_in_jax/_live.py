@@ -35,20 +35,16 @@ class Live:
     def pull(self, cotangents: Sequence[Any]) -> list[jax.Array]:
         """The gradients of the active inputs, in JAX's complex convention; an absent cotangent is zero."""
         asked = [(o, c) for o, c in zip(self.outputs, cotangents, strict=True) if c is not None and o.requires_grad]
-        pairs = [(o, _conj(array_to_tensor(c))) for o, c in asked]
+        pairs = [(o, TORCH.conjugated(array_to_tensor(c))) for o, c in asked]
         grads: Sequence[Any] = (None,) * len(self.inputs)
         if pairs:
             grads = torch.autograd.grad(
                 [o for o, _ in pairs], self.inputs, [c for _, c in pairs], retain_graph=True, allow_unused=True
             )
         return [
-            result_to_array(torch.zeros_like(x) if g is None else _conj(g))
+            result_to_array(torch.zeros_like(x) if g is None else TORCH.conjugated(g))
             for g, x in zip(grads, self.inputs, strict=True)
         ]
-
-
-def _conj(t: torch.Tensor) -> torch.Tensor:
-    return t.conj_physical() if t.is_complex() else t
 
 
 def forward(flat: TorchFlat, arrays: Sequence[jax.Array], active: Mask) -> tuple[list[jax.Array], Static, jax.Array]:

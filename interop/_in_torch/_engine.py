@@ -16,7 +16,8 @@ import torch
 
 from interop._derive import Mask, Static, fill, pick
 from interop._errors import InteropError, LeafError, NotDifferentiableError, NotJittableError, UnsupportedError
-from interop._in_torch._flat import FLATS, JaxFlat
+from interop._in_torch._effects import Effectful
+from interop._in_torch._flat import FLATS, RAN, JaxFlat
 from interop._in_torch._residuals import Plan
 from interop._in_torch._sizes import avals_of, is_open, shaped
 from interop._leaf import (
@@ -106,9 +107,22 @@ def _call_differentiated(flat: JaxFlat, leaves: Sequence[Leaf], arrays: list[Any
         check_differentiable(flat, [type(x) not in _NUMBERS and x.requires_grad for x in leaves])
     if _saved_tensors_are_watched():
         return _call_op(flat, leaves, _Traced)
+    if flat.effectful:
+        return _call_effectful(flat, leaves)
     running = [flat, arrays]
-    outs = _Eager.apply(running, *leaves)
+    try:
+        outs = (_Eager if flat.levels.jit else _Unjitted).apply(running, *leaves)
+    except Effectful:
+        flat.effectful = True
+        return _call_effectful(flat, leaves)
     return outs, running[2]
+
+
+def _call_effectful(flat: JaxFlat, leaves: Sequence[Leaf]) -> _Result:
+    """Call a function with effects where a derivative is asked, or a graph is made: they happen once, on their own."""
+    plain = [x if type(x) in _NUMBERS else x.detach() for x in leaves]
+    answers, _ = call(flat.recording(), plain)
+    return call(flat.replaying((len(leaves),)), [*leaves, *answers])
 
 
 def _call_carefully(flat: JaxFlat, leaves: Sequence[Leaf]) -> _Result:
@@ -231,6 +245,40 @@ class _Eager(torch.autograd.Function):
         return None, *[next(rest) if w else None for w in wanted]
 
 
+class _Unjitted(torch.autograd.Function):
+    """Values under autograd, of a function that can't be traced: JAX's own pull-back is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, running: list[Any], *xs: Leaf) -> tuple[torch.Tensor, ...]:
+        """What goes in beside the leaves is `[flat, arrays]`; the structure of the outputs comes out there."""
+        flat, arrays = running
+        results, structure, pull = flat.pulled_back(ctx.needs_input_grad[1:], arrays)
+        running.append(structure.value)
+        outs = tuple(map(export, results))
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*[out for out in outs if not _is_inexact(out)])
+        ctx.kept = flat, xs, _versions(xs), pull, ctx.needs_input_grad[1:], tuple(map(_is_inexact, outs))
+        return outs
+
+    @staticmethod
+    @torch_private.never_traced
+    def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
+        if ctx.kept is None:
+            raise _freed()
+        flat, xs, versions, pull, active, inexact = ctx.kept
+        need, present = ctx.needs_input_grad[1:], tuple([c is not None for c in cotangents])
+        if not any(present):
+            return (None,) * (len(need) + 1)
+        if _is_grad_enabled():
+            grads = _higher_order(flat, _unchanged(xs, versions), need, present, cotangents)
+        else:
+            given = [None if c is None else argument_of(c, x64=flat.x64) for c in pick(cotangents, inexact)]
+            grads = list(map(export, pick(pull(*given), pick(need, active))))
+        if not _keeps_graph():
+            ctx.kept = None
+        return None, *fill((None,) * len(need), need, tuple(grads))
+
+
 def _freed() -> RuntimeError:
     return RuntimeError(
         "Trying to backward through the graph a second time: its residuals have been freed. Specify retain_graph=True "
@@ -337,8 +385,10 @@ def _op_legacy_batched(xs: list[torch.Tensor], function: str) -> list[torch.Tens
 
 if not hasattr(torch.ops.interop, "jax_call"):  # a reload of the module finds it registered
     _LIBRARY.define("jax_call(Tensor[] xs, str function) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl("jax_call", _op, "CompositeExplicitAutograd")
-    torch.library.register_fake("interop::jax_call", _op_fake, lib=_LIBRARY)
+    _LIBRARY.define("jax_effect(Tensor[] xs, str function) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
+    for _name in ("jax_call", "jax_effect"):
+        _LIBRARY.impl(_name, _op, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"interop::{_name}", _op_fake, lib=_LIBRARY)
     if torch_private.below_autograd is not None:
         _LIBRARY.impl("jax_call", _op_autograd, "Autograd")
     _LIBRARY.impl("jax_call", _op_legacy_batched, "Batched")
@@ -360,11 +410,15 @@ def _call_op(flat: JaxFlat, leaves: Sequence[Leaf], function: Any) -> _Result:
     flat = flat.lifted(is_number)
     if _dispatch_modes() and not torch_private.is_compiled():
         FLATS.keep(flat.name_of_op, flat)
+    if flat.levels.jit and not flat.records and shaped(flat, tensors).effects:
+        return _call_effectful(flat, tensors)
+    RAN.structures.pop(flat, None)
     if torch.compiler.is_exporting():  # whoever runs the program transforms and differentiates the op
         outs = jax_call(tensors, flat.name_for(exported=True))
     else:
         outs = function.apply(flat, *tensors)
-    return list(outs), shaped(flat, tensors).structure.value
+    ran = RAN.structures.pop(flat, None)  # where it ran, it has said what it returned
+    return list(outs), (ran or shaped(flat, tensors).structure).value
 
 
 def _refuse(leaves: Sequence[Leaf]) -> None:
@@ -410,6 +464,14 @@ def _is_inexact(x: torch.Tensor) -> bool:
     return x.is_floating_point() or x.is_complex()
 
 
+def _in_graph(flat: JaxFlat, xs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Call the op; for what has effects, the one that torch neither drops nor merges."""
+    if not flat.records:
+        return tuple(jax_call(list(xs), flat.name_of_op))
+    torch_private.keep_effects("interop::jax_effect")
+    return tuple(torch.ops.interop.jax_effect.default(list(xs), flat.name_of_op))
+
+
 class _Traced(torch.autograd.Function):
     """Tensors without values, or whose saved tensors are watched: forward with residuals and backward, both as ops."""
 
@@ -419,8 +481,9 @@ class _Traced(torch.autograd.Function):
         check_differentiable(flat, active)
         _refuse(xs)
         ctx.set_materialize_grads(False)
-        if is_open(xs) or not any(active):  # another size may have other residuals: the primals alone are kept
-            outs = tuple(jax_call(list(xs), flat.name_of_op))
+        # Another size may have other residuals, and what can't be traced has none: the primals alone are kept.
+        if is_open(xs) or not any(active) or not flat.levels.jit:
+            outs = _in_graph(flat, xs)
             ctx.mark_non_differentiable(*[out for out in outs if not _is_inexact(out)])
             ctx.kept = flat, None, len(xs)
             ctx.save_for_backward(*xs)
@@ -458,7 +521,7 @@ class _Transformed(torch.autograd.Function):
     @staticmethod
     def forward(flat: JaxFlat, *xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         _refuse(xs)
-        return tuple(jax_call(list(xs), flat.name_of_op))
+        return _in_graph(flat, xs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:

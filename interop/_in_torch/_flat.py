@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
 
 from interop._abstract import Aval, Outputs, infer_jax
 from interop._derive import Axes, Flat, FlatFn, Mask, Static, fill, pick
-from interop._errors import UnsupportedError
+from interop._errors import AbstractEvalError, UnsupportedError
+from interop._in_torch._effects import record, replay
 from interop._in_torch._residuals import residual_forward
+from interop._leaf import copy_tensor
 from interop._private import jax as jax_private
 from interop._side import Leaf, Leaves
 
@@ -68,27 +74,51 @@ class Names:
 FLATS = Names()
 
 
+class _Ran(threading.local):
+    """The structures of the outputs of functions that can't be traced, and ran in this thread during a call."""
+
+    def __init__(self) -> None:
+        self.structures: weakref.WeakKeyDictionary[JaxFlat, Static] = weakref.WeakKeyDictionary()
+
+
+RAN = _Ran()
+
+
+def owned(x: Any) -> Any:
+    """A value in memory that nobody else has, and that is there: what is not traced may keep it, or be given away."""
+    if isinstance(x, int | float | complex | jax.core.Tracer):
+        return x
+    return jax.block_until_ready(copy_tensor(x) if isinstance(x, np.ndarray) else jnp.array(x, copy=True))
+
+
 @dataclass(eq=False)
 class JaxFlat(Flat):
     """A flat JAX function, jitted, in 32 or 64 bits.
 
     Attributes:
         x64: whether it runs under `jax.enable_x64`, whatever the calling thread has set.
+        origin: of a function over a batch, the function of one example: they share the structure of their outputs.
         located: how another process finds the function that this one is derived from; raises where it can't.
         derived_by: the methods, with their arguments, that lead here from that function; None for a step between
             forward and backward, which belongs to one trace.
+        records: whether it is there for its effects.
+        effectful: whether it is known to have effects; found out when it is first traced for a derivative.
         name_of_op: the name that the op calls it by in this process.
-        jitted: the compiled function; `jax.jit` keeps one program per shapes and dtypes.
+        jitted: the compiled function; `jax.jit` keeps one program per shapes and dtypes. For `as_torch(jit=False)`, the
+            function itself, on values of its own.
     """
 
     x64: bool = False
+    origin: JaxFlat | None = None
     located: Callable[[], Any] | None = None
     derived_by: tuple[tuple[Any, ...], ...] | None = ()
+    records: bool = False
+    effectful: bool = field(default=False, init=False)
     name_of_op: str = field(init=False)
     jitted: Callable[..., tuple[Leaves, Static]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.jitted = jax.jit(self.fn)
+        self.jitted = jax.jit(self.fn) if self.levels.jit else self._run
         self.name_of_op = FLATS.add(self)
 
     def name_for(self, *, exported: bool) -> str:
@@ -103,21 +133,21 @@ class JaxFlat(Flat):
 
     def jvp(self, nonzero: Mask) -> Self:
         """The derivative along tangents."""
-        return self._named_after(super().jvp(nonzero), "jvp", nonzero)
+        return self._named_after(super().jvp(nonzero), None, "jvp", nonzero)
 
     def vjp(self, nonzero: Mask, present: Mask) -> Self:
         """The transpose of the derivative."""
-        return self._named_after(super().vjp(nonzero, present), "vjp", nonzero, present)
+        return self._named_after(super().vjp(nonzero, present), None, "vjp", nonzero, present)
 
     def vmap(self, in_axes: Axes) -> Self:
         """The function over a batch."""
-        return self._named_after(super().vmap(in_axes), "vmap", in_axes)
+        return self._named_after(super().vmap(in_axes), self.origin or self, "vmap", in_axes)
 
     def wide(self) -> JaxFlat:
         """The same function in 64 bits."""
         if self.x64:
             return self
-        return self._named_after(self.memo("wide", lambda: self.variant(self.fn, x64=True)), "wide")
+        return self._named_after(self.memo("wide", lambda: self.variant(self.fn, x64=True)), None, "wide")
 
     def lifted(self, is_number: Mask) -> JaxFlat:
         """The same function with its Python numbers given as 0-d tensors: the op takes nothing else."""
@@ -129,7 +159,50 @@ class JaxFlat(Flat):
             return self.fn(*fill(leaves, is_number, tuple(numbers)))
 
         lifted = self.memo(("lifted", is_number), lambda: self.variant(fn, x64=self.x64))
-        return self._named_after(lifted, "lifted", is_number)
+        return self._named_after(lifted, None, "lifted", is_number)
+
+    def _run(self, *arrays: Any) -> tuple[Leaves, Static]:
+        outs, structure = self.fn(*map(owned, arrays))
+        RAN.structures[self.origin or self] = structure
+        return tuple(map(owned, outs)), structure
+
+    def pulled_back(self, active: Mask, arrays: Sequence[Any]) -> tuple[Leaves, Static, Callable[..., Leaves]]:
+        """The outputs, their structure, and the pull-back, of a function that can't be traced: on values.
+
+        The pull-back takes a cotangent for each inexact output, or None, in torch's complex convention.
+        """
+        leaves, found = tuple(map(owned, arrays)), list[tuple[Mask, Static]]()
+
+        def parts(*primals: Leaf) -> tuple[Leaves, Leaves]:
+            outs, structure = self.fn(*fill(leaves, active, primals))
+            mask = tuple(self.side.is_inexact(out) for out in outs)
+            found[:] = [(mask, structure)]
+            return pick(outs, mask), pick(outs, tuple(not m for m in mask))
+
+        with jax.enable_x64(self.x64):
+            some, pull, others = jax.vjp(parts, *pick(leaves, active), has_aux=True)
+            ((inexact, structure),) = found
+            outs = fill(fill((None,) * len(inexact), inexact, some), tuple(not m for m in inexact), others)
+            outs = tuple(map(owned, outs))
+
+        def pulled(*cotangents: Any) -> Leaves:
+            with jax.enable_x64(self.x64):
+                pairs = zip(cotangents, some, strict=True)
+                dense = tuple(jnp.zeros_like(out) if c is None else self.side.conjugated(owned(c)) for c, out in pairs)
+                return tuple(owned(self.side.conjugated(g)) for g in pull(dense))
+
+        return outs, structure, pulled
+
+    def recording(self) -> JaxFlat:
+        """The effects of the function alone: what they answered."""
+        made = self.memo("recording", lambda: self.variant(record(self.fn), x64=self.x64))
+        made.records = True
+        return self._named_after(made, None, "recording")
+
+    def replaying(self, count: tuple[int]) -> JaxFlat:
+        """The function of so many leaves without its effects: their answers follow the leaves."""
+        made = self.memo(("replaying", count), lambda: self.variant(replay(self.fn, *count), x64=self.x64))
+        return self._named_after(made, None, "replaying", count)
 
     def residual(self, nonzero: Mask) -> JaxFlat:
         """The forward that returns its residuals behind its outputs, and as structure the `Plan` of the backward."""
@@ -137,16 +210,31 @@ class JaxFlat(Flat):
 
     def outputs(self, avals: tuple[Aval, ...]) -> Outputs:
         """What is known of the outputs for inputs of these avals."""
-        return self.memo(("outputs", avals), lambda: infer_jax(self, avals, x64=self.x64))
+        return self.memo(("outputs", avals), lambda: self._outputs(avals))
+
+    def _outputs(self, avals: tuple[Aval, ...]) -> Outputs:
+        if self.levels.jit:
+            return infer_jax(self, avals, x64=self.x64)
+        if self.levels.example_output is not None:
+            promised: Outputs = self.levels.example_output(avals)
+            return promised
+        try:
+            return infer_jax(self, avals, x64=self.x64)
+        except jax.errors.JAXTypeError as error:
+            raise AbstractEvalError(
+                "the output shapes of a function with jit=False can't be inferred",
+                hint="Declare them: @jittable(example_output=...)",
+            ) from error
 
     def variant(self, fn: FlatFn, *, x64: bool) -> JaxFlat:
         """Another function over the same leaves, with what is known of them."""
         return JaxFlat(
             self.side, fn, self.name, self.levels, self.nondiff, self.path, self.lost,
-            x64=x64, located=self.located, derived_by=None,
+            x64=x64, located=self.located, derived_by=None, records=self.records,
         )  # fmt: skip
 
-    def _named_after(self, made: Any, *step: Any) -> Any:
+    def _named_after(self, made: Any, origin: JaxFlat | None, *step: Any) -> Any:
+        made.origin = origin
         if self.derived_by is not None:
             made.derived_by = (*self.derived_by, step)
         return made

@@ -17,8 +17,9 @@ import jax.core
 import jax.numpy as jnp
 
 from interop._derive import NOTHING, FlatFn, Mask, Static, fill, pick
+from interop._in_torch._effects import Effectful, program_of
 from interop._private import jax as jax_private
-from interop._side import Leaf, Leaves
+from interop._side import JAX, Leaf, Leaves
 
 if TYPE_CHECKING:
     from interop._in_torch._flat import JaxFlat
@@ -81,27 +82,24 @@ class Plan:
 
 
 def residual_forward(flat: JaxFlat, active: Mask) -> FlatFn:
-    """The function that returns its new residuals behind its outputs, and as structure the `Plan` of the backward."""
+    """The function that returns its new residuals behind its outputs, and as structure the `Plan` of the backward.
+
+    Its trace raises `Effectful` for a function with effects: `_effects` makes a pure one of it.
+    """
 
     def forward(*leaves: Leaf) -> tuple[Leaves, Static]:
-        found: list[tuple[Mask, Static]] = []
-
-        def parts(*every: Leaf) -> tuple[Leaves, Leaves]:
-            outs, structure = flat.fn(*every)
-            mask = tuple(flat.side.is_inexact(out) for out in outs)
-            found[:] = [(mask, structure)]
-            return pick(outs, mask), pick(outs, tuple(not m for m in mask))
-
-        program = jax.make_jaxpr(parts)(*leaves)
-        ((inexact, structure),) = found
-        count = sum(inexact)
+        program, structure = program_of(flat.fn, leaves)
+        if program.effects:
+            raise Effectful
+        inexact = tuple(flat.side.is_inexact(aval) for aval in program.out_avals)
+        others_too = tuple(not i for i in inexact)
 
         def inexact_part(*primals: Leaf) -> tuple[Leaves, Leaves]:
-            outs = jax_private.inlined(program, fill(leaves, active, primals))
-            return tuple(outs[:count]), tuple(outs[count:])  # what has no derivative leaves as aux: no float0 anywhere
+            outs = tuple(jax_private.inlined(program, fill(leaves, active, primals)))
+            return pick(outs, inexact), pick(outs, others_too)  # the others leave as aux: no float0 anywhere
 
         some, pull, others = _pulled_back(inexact_part, program, pick(leaves, active))
-        outs = fill(fill((None,) * len(inexact), inexact, some), tuple(not m for m in inexact), others)
+        outs = fill(fill((None,) * len(inexact), inexact, some), others_too, others)
         residuals, saved, pull, reached = _described(pull, leaves, outs, some, sum(active))
         return (*outs, *residuals), Static(
             Plan(len(outs), structure, saved, inexact, reached, pull, flat.residual(active), active)
@@ -128,10 +126,10 @@ _LOOPS = frozenset({"scan", "while"})
 def _pulled_back(part: Callable[..., Any], program: Any, primals: Leaves) -> tuple[Leaves, Any, Leaves]:
     """`jax.vjp`, with as few residuals as are worth their price.
 
-    A loop is never run again, and JAX can't run an effect again.
+    A loop is never run again.
     """
     cost = _cost(program.jaxpr)
-    if cost < math.inf and not program.effects:
+    if cost < math.inf:
         nothing = jax.checkpoint_policies.nothing_saveable
         try:
             kept = jax.vjp(_rematerialised(part, _is_worth_keeping), *primals, has_aux=True)
@@ -221,10 +219,10 @@ def _described(
         rest = iter(given)
         leaves = [next(rest) if needed else k.zeros() for k, needed in zip(kept, read, strict=True)]
         dense = [
-            jnp.zeros(shape.shape, shape.dtype) if c is None else _conj(c)
+            jnp.zeros(shape.shape, shape.dtype) if c is None else JAX.conjugated(c)
             for c, shape in zip(cotangents, shapes, strict=True)
         ]
-        return tuple(map(_conj, run(leaves, tuple(dense))))
+        return tuple(map(JAX.conjugated, run(leaves, tuple(dense))))
 
     return tuple(residuals), tuple(saved), pulled, reached
 
@@ -245,7 +243,3 @@ class _Kept:
     def zeros(self) -> Any:
         """What stands for a value that is not read."""
         return jnp.zeros(self.aval.shape, self.aval.dtype)
-
-
-def _conj(x: Any) -> Any:
-    return jnp.conj(x) if jnp.iscomplexobj(x) else x

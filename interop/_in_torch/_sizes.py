@@ -31,6 +31,7 @@ class Shaped:
     shapes: tuple[tuple[Any, ...], ...]
     dtypes: tuple[torch.dtype, ...]
     structure: Static
+    effects: bool
 
 
 def is_open(xs: Sequence[torch.Tensor]) -> bool:
@@ -63,17 +64,17 @@ def shaped(flat: JaxFlat, xs: Sequence[torch.Tensor]) -> Shaped:
             continue
     outputs = flat.outputs(avals_of(flat, xs))
     dtypes = tuple(TORCH_OF[aval.dtype] for aval in outputs.avals)
-    return Shaped(tuple(aval.shape for aval in outputs.avals), dtypes, outputs.structure)
+    return Shaped(tuple(aval.shape for aval in outputs.avals), dtypes, outputs.structure, outputs.effects)
 
 
 def _shaped_openly(flat: JaxFlat, symbols: _Symbols) -> Shaped:
     dtypes = _dtypes(flat, symbols.xs)
     inputs = tuple((symbols.text(x.shape), dtype) for x, dtype in zip(symbols.xs, dtypes, strict=True))
     bounds = tuple(symbols.bounds)
-    texts, out_dtypes, structure = flat.memo(("open", inputs, bounds), lambda: _infer(flat, inputs, bounds))
+    texts, out_dtypes, structure, effects = flat.memo(("open", inputs, bounds), lambda: _infer(flat, inputs, bounds))
     for one, other in symbols.equal:
         torch._check(one == other)  # torch guards it, as for an operation of its own that needs it
-    return Shaped(tuple(tuple(map(symbols.read, text)) for text in texts), out_dtypes, structure)
+    return Shaped(tuple(tuple(map(symbols.read, text)) for text in texts), out_dtypes, structure, effects)
 
 
 def _infer(flat: JaxFlat, inputs: Sequence[tuple[str, Any]], bounds: Sequence[str]) -> Any:
@@ -83,9 +84,9 @@ def _infer(flat: JaxFlat, inputs: Sequence[tuple[str, Any]], bounds: Sequence[st
     scope = export.SymbolicScope(bounds)
     structs = [jax.ShapeDtypeStruct(export.symbolic_shape(text, scope=scope), dtype) for text, dtype in inputs]
     with jax.enable_x64(flat.x64):
-        outs, structure = jax.eval_shape(flat.fn, *structs)
+        program, (outs, structure) = jax.make_jaxpr(flat.fn, return_shape=True)(*structs)
     texts = [tuple(size if isinstance(size, int) else str(size) for size in out.shape) for out in outs]
-    return texts, tuple(TORCH_OF[np.dtype(out.dtype)] for out in outs), structure
+    return texts, tuple(TORCH_OF[np.dtype(out.dtype)] for out in outs), structure, bool(program.effects)
 
 
 class _Symbols:

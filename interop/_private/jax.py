@@ -147,32 +147,74 @@ def inner_program(primitive: Any, params: dict[str, Any]) -> Any:
     return getattr(inner, "jaxpr", inner)
 
 
-def inlined(program: Any, arguments: Sequence[Any]) -> list[Any]:
-    """The outputs of a closed jaxpr, operation by operation; functions that were jitted inside are opened."""
-    if PUBLIC_ONLY:
+def inlined(program: Any, arguments: Sequence[Any], effectful: Callable[..., Any] | None = None) -> list[Any]:
+    """The outputs of a closed jaxpr, operation by operation; functions that were jitted inside are opened.
+
+    An equation with an effect is given to `effectful`, with the function that evaluates it.
+    """
+    if PUBLIC_ONLY and effectful is None:
         outs: list[Any] = jax.core.eval_jaxpr(program.jaxpr, program.consts, *arguments)
         return outs
-    return _run(program.jaxpr, program.consts, arguments)
+    return _run(program.jaxpr, program.consts, arguments, effectful)
 
 
-def _run(program: Any, constants: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
+def _run(program: Any, constants: Sequence[Any], arguments: Sequence[Any], effectful: Any) -> list[Any]:
     values: dict[Any, Any] = dict(zip((*program.constvars, *program.invars), (*constants, *arguments), strict=True))
 
     def read(atom: Any) -> Any:
         return atom.val if hasattr(atom, "val") else values[atom]
 
+    def evaluate(equation: Any) -> Any:
+        with equation.ctx.manager:
+            params = equation.primitive.get_bind_params(equation.params)
+            outs = equation.primitive.bind(*map(read, equation.invars), **params)
+        return outs if equation.primitive.multiple_results else [outs]
+
     for equation in program.eqns:
-        operands = list(map(read, equation.invars))
         if equation.primitive.name in ("jit", "pjit"):
             inner = equation.params["jaxpr"]
-            outs = _run(inner.jaxpr, inner.consts, operands)
+            outs = _run(inner.jaxpr, inner.consts, list(map(read, equation.invars)), effectful)
+        elif effectful is not None and equation.effects & program.effects:
+            outs = effectful(equation, evaluate)
         else:
-            params = equation.primitive.get_bind_params(equation.params)
-            with equation.ctx.manager:
-                outs = equation.primitive.bind(*operands, **params)
-            outs = outs if equation.primitive.multiple_results else [outs]
+            outs = evaluate(equation)
         values.update(zip(equation.outvars, outs, strict=True))
     return list(map(read, program.outvars))
+
+
+def inner_programs(equation: Any) -> list[Any]:
+    """The jaxprs in the parameters of an equation: of a loop, a branch, a rematerialised function."""
+    every = [x for p in equation.params.values() for x in (p if isinstance(p, tuple | list) else (p,))]
+    return [x for x in every if hasattr(x, "eqns")]
+
+
+def silenced(equation: Any) -> Any:
+    """A loop or a branch without those of its effects that answer nothing; None if one answers."""
+    params: dict[str, Any] = {}
+    for name, value in equation.params.items():
+        if isinstance(value, tuple) and any(hasattr(x, "eqns") for x in value):
+            params[name] = tuple(map(_silenced_program, value))
+        else:
+            params[name] = _silenced_program(value) if hasattr(value, "eqns") else value
+        if params[name] is None is not value or (isinstance(params[name], tuple) and None in params[name]):
+            return None
+    return equation.replace(params=params, effects=frozenset())
+
+
+def _silenced_program(program: Any) -> Any:
+    """The same of a jaxpr, closed or open."""
+    if hasattr(program, "jaxpr"):
+        inner = _silenced_program(program.jaxpr)
+        return None if inner is None else program.replace(jaxpr=inner)
+    equations: list[Any] = []
+    for equation in program.eqns:
+        if not equation.effects & program.effects:
+            equations.append(equation)
+        elif inner_programs(equation):
+            equations.append(silenced(equation))
+        elif equation.outvars:
+            return None
+    return None if None in equations else program.replace(eqns=equations, effects=frozenset())
 
 
 def dependences(program: Any) -> list[int]:

@@ -173,6 +173,14 @@ def constants_allowed() -> Generator[None]:
         mode.allow_non_fake_inputs = before
 
 
+@functools.cache
+def keep_effects(op: str) -> None:
+    """Have torch's compilers keep every call of this op, in order. Without the private name they may drop some."""
+    register: Any = None if PUBLIC_ONLY else getattr(torch.library, "_register_effectful_op", None)
+    if register is not None:
+        register(op, importlib.import_module("torch._library.effects").EffectType.ORDERED)
+
+
 def is_compiled() -> bool:
     """Whether the graph that is being made belongs to compiled code, which is thrown away when its function is gone."""
     guards: Any = importlib.import_module("torch._guards")
