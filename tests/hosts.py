@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import torch.utils._pytree as torch_pytree
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import checkpoint
 
 import interop
@@ -217,6 +219,88 @@ class TorchHost(Host):
 
     def checkpoint(self, fn: Fn, leaves: list[Any], active: Sequence[int]) -> Tree:
         return self.gradient(lambda *xs: checkpoint.checkpoint(fn, *xs, use_reentrant=False), leaves, active)
+
+    # --- what torch alone has
+
+    def third(self, fn: Fn, leaves: list[Any], active: Sequence[int]) -> Tree:
+        xs = [x.clone().requires_grad_(i in active) for i, x in enumerate(leaves)]
+        wrt = [xs[i] for i in active]
+        anchor = 0 * self.total([x**3 for x in wrt])
+        found = self.total(fn(*xs))
+        for _ in range(3):
+            found = self.total(torch.autograd.grad(found + anchor, wrt, create_graph=True))
+        return found.detach()
+
+    def batch_of_cotangents(self, fn: Fn, leaves: list[Any], active: Sequence[int]) -> Tree:
+        """Two cotangents at once."""
+        return self._pull_two(fn, leaves, active, batched=True)
+
+    def one_cotangent_after_the_other(self, fn: Fn, leaves: list[Any], active: Sequence[int]) -> Tree:
+        """The same in a loop."""
+        return self._pull_two(fn, leaves, active, batched=False)
+
+    def _pull_two(self, fn: Fn, leaves: list[Any], active: Sequence[int], *, batched: bool) -> Tree:
+        xs = [x.clone().requires_grad_(i in active) for i, x in enumerate(leaves)]
+        wrt = [xs[i] for i in active]
+        outs = [out for out in self.inexact(fn(*xs)) if out.requires_grad]
+        both = [torch.stack([self.weights(out), 2 - self.weights(out)]) for out in outs]
+        options = {"retain_graph": True, "allow_unused": True}
+        if batched:
+            return torch.autograd.grad(outs, wrt, both, is_grads_batched=True, **options)
+        rows = [torch.autograd.grad(outs, wrt, [b[i] for b in both], **options) for i in range(2)]
+        return tuple(None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True))
+
+    def dual(self, fn: Fn, leaves: list[Any], active: Sequence[int]) -> Tree:
+        """Forward-mode AD, without a transform around it: values and tangents."""
+        with forward_ad.dual_level():
+            directions = dict(zip(active, self.tangents([leaves[i] for i in active]), strict=True))
+            xs = [forward_ad.make_dual(x, directions[i]) if i in active else x for i, x in enumerate(leaves)]
+            pairs = [forward_ad.unpack_dual(out) for out in self.inexact(fn(*xs))]
+            return [(p.primal, torch.zeros_like(p.primal) if p.tangent is None else p.tangent) for p in pairs]
+
+    def linearize(self, fn: Fn, leaves: list[Any], active: Sequence[int]) -> Tree:
+        primals = tuple(leaves[i] for i in active)
+        out, push = torch.func.linearize(self.of_active(fn, leaves, active), *primals)
+        return out, push(*self.tangents(primals))
+
+    def functionalize(self, fn: Fn, leaves: list[Any], active: Sequence[int]) -> Tree:
+        return torch.func.functionalize(fn)(*leaves)
+
+    def saved_on_cpu(self, fn: Fn, leaves: list[Any], active: Sequence[int]) -> Tree:
+        with torch.autograd.graph.save_on_cpu():
+            return self.gradient(fn, leaves, active)
+
+    def reentrant_checkpoint(self, fn: Fn, leaves: list[Any], active: Sequence[int]) -> Tree:
+        """It knows `backward` alone, and sees no tensor inside a container."""
+        xs = [x.clone().requires_grad_(i in active) for i, x in enumerate(leaves)]
+        wrt = [xs[i] for i in active]
+        outs = checkpoint.checkpoint(lambda *ys: self.inexact(fn(*ys)), *xs, use_reentrant=True)
+        (self.total(outs) + 0 * self.total(wrt)).backward()
+        return tuple(x.grad for x in wrt)
+
+    def inference(self, fn: Fn, leaves: list[Any], _active: Sequence[int]) -> Tree:
+        with torch.inference_mode():
+            return torch_pytree.tree_map_only(torch.Tensor, torch.clone, fn(*leaves))
+
+    def autocast(self, fn: Fn, leaves: list[Any], _active: Sequence[int]) -> Tree:
+        with torch.autocast("cpu", torch.bfloat16):
+            return fn(*leaves)
+
+    def graph(self, fn: Fn, leaves: list[Any], _active: Sequence[int]) -> Tree:
+        """Recorded by `make_fx`, run on what it was not recorded on."""
+        return make_fx(fn)(*[torch.ones_like(x) for x in leaves])(*leaves)
+
+    def symbolic_graph(self, fn: Fn, leaves: list[Any], _active: Sequence[int]) -> Tree:
+        return make_fx(fn, tracing_mode="symbolic")(*leaves)(*leaves)
+
+    def graph_of_gradient(self, fn: Fn, leaves: list[Any], active: Sequence[int]) -> Tree:
+        return make_fx(lambda *xs: self.functional_gradient(fn, list(xs), active))(*leaves)(*leaves)
+
+    def compile_dynamic(self, fn: Fn, leaves: list[Any], _active: Sequence[int]) -> Tree:
+        return torch.compile(fn, fullgraph=True, dynamic=True, backend="aot_eager")(*leaves)
+
+    def compiled_gradient_dynamic(self, fn: Fn, leaves: list[Any], active: Sequence[int]) -> Tree:
+        return self.gradient(torch.compile(fn, fullgraph=True, dynamic=True, backend="aot_eager"), leaves, active)
 
 
 class JaxHost(Host):

@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
+import torch
 
-from interop import UnsupportedError, as_jax
+from interop import UnsupportedError, as_jax, as_torch, differentiable, jittable
 from test_transforms import GAPS
 from test_transforms import __file__ as TRANSFORMS
 
@@ -65,7 +67,7 @@ def test_what_is_not_there_yet_says_so(ask) -> None:
 
 # --- the table of what works ------------------------------------------------------------------------------------------
 
-# (what torch calls it, what JAX calls it, the transform in `test_transforms`)
+# (what torch calls it, what JAX calls it, the transform in `test_transforms`), over every function of the table
 SUPPORT = [
     ("call", "call", "call"),
     ("`torch.compile(fullgraph=True)`", "`jax.jit`", "compile"),
@@ -81,19 +83,55 @@ SUPPORT = [
     ("`vmap` of `grad`", "`vmap` of `grad`", "vmap_of_gradient"),
     ("gradient of `vmap`", "`grad` of `vmap`", "gradient_of_vmap"),
     ("`torch.utils.checkpoint`", "`jax.checkpoint`", "checkpoint"),
-    ("", "`jax.lax.scan`", "scan"),
-    ("", "`jax.lax.cond`", "cond"),
+    ("triple backward", "`jax.lax.scan`", "third | scan"),
+    ("`is_grads_batched`", "`jax.lax.cond`", "batch_of_cotangents | cond"),
+    ("`torch.autograd.forward_ad`", "", "dual"),
+    ("`torch.func.linearize`", "", "linearize"),
+    ("`torch.func.functionalize`", "", "functionalize"),
+    ("`gradcheck`, in every mode", "", "gradcheck"),
+    ("reentrant `checkpoint`", "", "reentrant_checkpoint"),
+    ("`save_on_cpu`, saved-tensor hooks", "", "saved_on_cpu"),
+    ("`inference_mode`", "", "inference"),
+    ("`autocast` (JAX's dtypes stand)", "", "autocast"),
+    ("`torch.compile(dynamic=True)`", "", "compile_dynamic"),
+    ("its `backward`", "", "compiled_gradient_dynamic"),
+    ("`make_fx`, real and symbolic", "", "graph"),
+    ("`make_fx` of a gradient", "", "graph_of_gradient"),
 ]
+
+# (what it is called, the test of it), over functions of its own
+SHOWN = [
+    ("a whole training step in one graph; the backends eager, aot_eager and inductor", "test_compile.py::test_a_caller_is_one_graph_forward_and_backward"),
+    ("open sizes without a new graph for each", "test_compile.py::test_a_size_that_changes_is_no_new_graph"),
+    ("`torch.export`, strict and not, run in another process", "test_compile.py::test_an_exported_program_runs_in_another_process"),
+    ("AOTInductor", "test_compile.py::test_compiled_ahead_of_time"),
+    ("compiled autograd", "test_compile.py::test_a_backward_that_is_compiled_as_it_runs"),
+    ("fake and meta tensors", "test_compile.py::test_a_meta_tensor"),
+    ("`torch.library.opcheck`", "test_compile.py::test_the_operation_keeps_the_rules_of_torch"),
+    ("every pair of `grad`, `vjp`, `jvp`, `jacrev`, `jacfwd`, `hessian`, `vmap`", "test_in_torch.py::test_every_transform_of_every_transform"),
+    ("64-bit tensors while JAX keeps 32, complex gradients", "test_dtypes.py::test_a_complex_derivative_is_torchs_at_every_order"),
+    ("prints and callbacks, once a call whatever derivative is asked", "test_in_torch.py::test_a_derivative_is_that_of_the_value"),
+    ("functions that can't be traced: `as_torch(jit=False)`", "test_in_torch.py::test_a_function_that_looks_at_values"),
+    ("JAX keys as arguments, seeds as tensors", "test_in_torch.py::test_a_typed_key_as_an_argument"),
+    ("`DataLoader` with spawned workers", "test_engines.py::test_workers_that_load_data"),
+    ("threads", "test_engines.py::test_threads_at_once_give_what_one_gives"),
+    ("DDP", "test_engines.py::test_ddp"),
+    ("FSDP2", "test_engines.py::test_fsdp"),
+    ("Lightning Fabric", "test_engines.py::test_fabric"),
+]  # fmt: skip
 BEGIN, END = "<!-- support table: written by tests/test_docs.py -->\n", "<!-- end of the support table -->"
 
 
 def support_table() -> str:
     """The rows, with what the matrix of tests knows of each."""
     rows = [
-        f"| {of_torch} | {works('torch', key) if of_torch else ''} | {of_jax} | {works('jax', key)} |"
+        f"| {of_torch} | {works('torch', keys[0])} | {of_jax} | {works('jax', keys[-1]) if of_jax else ''} |"
         for of_torch, of_jax, key in SUPPORT
+        for keys in [key.split(" | ")]
     ]
-    return "\n".join(["| a JAX function in torch | | a torch function in JAX | |", "|---|---|---|---|", *rows, ""])
+    head = ["| a JAX function in torch | | a torch function in JAX | |", "|---|---|---|---|"]
+    shown = ["", "And, of a JAX function in torch:", "", *(f"- {what}" for what, _ in SHOWN)]
+    return "\n".join([*head, *rows, *shown, ""])
 
 
 def works(host: str, transform: str) -> str:
@@ -115,9 +153,43 @@ def test_the_support_table_is_what_the_matrix_says() -> None:
     assert README.read_text() == with_support_table(README.read_text())
 
 
-@pytest.mark.parametrize("transform", [key for *_, key in SUPPORT])
+@pytest.mark.parametrize("transform", [key for *_, keys in SUPPORT for key in keys.split(" | ")])
 def test_every_row_of_the_support_table_is_a_test(transform: str) -> None:
-    assert f'"{transform}"' in Path(TRANSFORMS).read_text()
+    text = Path(TRANSFORMS).read_text()
+    assert f'"{transform}"' in text or f"def test_{transform}(" in text
+
+
+@pytest.mark.parametrize("test", [test for _, test in SHOWN])
+def test_every_line_below_the_support_table_is_a_test(test: str) -> None:
+    """One that is not known to fail."""
+    file, name = test.split("::")
+    before, found, _ = (Path(__file__).parent / file).read_text().partition(f"def {name}(")
+    assert found
+    assert "xfail" not in before.rpartition("\n\n\n")[2]
+
+
+# What torch refuses of every function, or of every operation that is not its own: ours, torch's, and what it says.
+TWICE = "torch.compile with aot_autograd does not currently support double backward"
+BY_TORCH = {
+    "double backward through a compiled function": (
+        lambda f, x: torch.autograd.grad(torch.autograd.grad(compiled(f)(x).sum(), x, create_graph=True)[0].sum(), x),
+        TWICE,
+    ),
+}
+
+
+@pytest.mark.parametrize(("ask", "said"), BY_TORCH.values(), ids=BY_TORCH)
+def test_what_torch_itself_refuses(ask, said: str) -> None:
+    """In the same words for a function of torch and for one of JAX; the README says so."""
+    for fn in (torch.sin, jittable(differentiable(as_torch(jnp.sin)))):
+        with pytest.raises(RuntimeError, match=said):
+            ask(fn, torch.ones(3, requires_grad=True))
+    assert said in README.read_text()
+
+
+def compiled(fn):
+    """The function in one graph."""
+    return torch.compile(fn, fullgraph=True, backend="aot_eager")
 
 
 # --- programs ---------------------------------------------------------------------------------------------------------

@@ -18,10 +18,7 @@ from hosts import HOSTS, Host, Tree, assert_same
 REFUSALS = (RuntimeError, NotImplementedError, TypeError, ValueError)
 
 # Cells that do not pass, with the reason. A case "*" stands for all of them. A gap that closes fails its test.
-GAPS: dict[tuple[str, str, str], str] = {
-    ("torch", transform, "named_tuples"): "Dynamo rebuilds tuples, lists and dicts alone from an opaque call"
-    for transform in ("compile", "compiled_gradient", "compiled_batch_of_gradients")
-}
+GAPS: dict[tuple[str, str, str], str] = {}
 
 ALWAYS: Callable[[Case], bool] = lambda case: True  # noqa: E731
 HAS_DERIVATIVE: Callable[[Case], bool] = lambda case: bool(case.active)  # noqa: E731
@@ -54,6 +51,25 @@ TRANSFORMS: dict[str, Callable[[Case], bool]] = {
     "jacrev": HAS_JACOBIAN,
     "jacfwd": HAS_JACOBIAN,
     "hessian": HAS_JACOBIAN,
+}
+
+
+# What torch alone has, and the transform of the native function that it is compared with.
+IN_TORCH: dict[str, tuple[str, Callable[[Case], bool]]] = {
+    "third": ("third", HAS_DERIVATIVE),
+    "batch_of_cotangents": ("one_cotangent_after_the_other", HAS_DERIVATIVE),
+    "dual": ("dual", HAS_DERIVATIVE),
+    "linearize": ("linearize", HAS_DERIVATIVE),
+    "functionalize": ("call", ALWAYS),
+    "saved_on_cpu": ("gradient", HAS_DERIVATIVE),
+    "reentrant_checkpoint": ("gradient", HAS_DERIVATIVE),
+    "inference": ("call", ALWAYS),
+    "autocast": ("call", ALWAYS),
+    "graph": ("call", ALWAYS),
+    "symbolic_graph": ("call", ALWAYS),
+    "graph_of_gradient": ("functional_gradient", HAS_DERIVATIVE),
+    "compile_dynamic": ("call", ALWAYS),
+    "compiled_gradient_dynamic": ("gradient", HAS_DERIVATIVE),
 }
 
 
@@ -100,11 +116,50 @@ def test_transform(host: Host, transform: str, case: Case) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")  # torch's, in linearize
+@pytest.mark.parametrize(
+    ("host", "transform", "case"), cells({name: applies for name, (_, applies) in IN_TORCH.items()}, ["torch"])
+)
+def test_transform_of_torch(host: Host, transform: str, case: Case) -> None:
+    """What torch has and JAX has not."""
+    ours, theirs = host.flat(host.cross(case), case), host.flat(host.native(case), case)
+    check(
+        host, transform, case,
+        lambda: getattr(host, transform)(ours, host.leaves(case), case.active),
+        lambda: getattr(host, IN_TORCH[transform][0])(theirs, host.leaves(case), case.active),
+    )  # fmt: skip
+
+
 def test_a_gap_that_closes_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table can't outlive its reasons."""
     monkeypatch.setitem(GAPS, ("torch", "call", "scalar"), "closed long ago")
     with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
         test_transform(HOSTS["torch"], "call", CASES[0])
+
+
+# An empty array has nothing to take differences of.
+CHECKED = [case for case in CASES if case.active and case.is_single and case.id != "empty"]
+
+
+@pytest.mark.parametrize("case", CHECKED, ids=lambda case: case.id)
+def test_gradcheck(case: Case) -> None:
+    """Torch's own check against differences, in double precision: backward, forward mode, and batches of both."""
+    host = HOSTS["torch"]
+    leaves = [host.leaf(doubled(x)) for x in case.leaves]
+    part = host.of_active(host.flat(host.cross(case), case), leaves, case.active)
+    inputs = [leaves[i].requires_grad_() for i in case.active]
+    options = {"check_batched_grad": True, "check_forward_ad": True, "check_batched_forward_grad": True}
+    assert torch.autograd.gradcheck(part, inputs, **options)
+
+
+@pytest.mark.parametrize("case", [case for case in CHECKED if case.id in CORE], ids=lambda case: case.id)
+def test_gradgradcheck(case: Case) -> None:
+    """The same of the gradient."""
+    host = HOSTS["torch"]
+    leaves = [host.leaf(doubled(x)) for x in case.leaves]
+    part = host.of_active(host.flat(host.cross(case), case), leaves, case.active)
+    inputs = [leaves[i].requires_grad_() for i in case.active]
+    assert torch.autograd.gradgradcheck(part, inputs, check_batched_grad=True, check_fwd_over_rev=True)
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------

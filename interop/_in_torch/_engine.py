@@ -18,7 +18,7 @@ from interop._derive import Mask, Static, fill, pick
 from interop._errors import InteropError, LeafError, NotDifferentiableError, NotJittableError, UnsupportedError
 from interop._in_torch._effects import Effectful
 from interop._in_torch._flat import FLATS, RAN, JaxFlat
-from interop._in_torch._residuals import Plan
+from interop._in_torch._residuals import Plan, with_residuals
 from interop._in_torch._sizes import avals_of, is_open, shaped
 from interop._leaf import (
     PLAIN,
@@ -208,7 +208,7 @@ class _Eager(torch.autograd.Function):
     def forward(ctx: Any, running: list[Any], *xs: Leaf) -> tuple[torch.Tensor, ...]:
         """What goes in beside the leaves is `[flat, arrays]`; the structure of the outputs comes out there."""
         flat, arrays = running
-        full, static = evaluate(flat.residual(ctx.needs_input_grad[1:]), arrays)
+        full, static = evaluate(with_residuals(flat, ctx.needs_input_grad[1:]), arrays)
         plan: Plan = static.value
         running.append(plan.structure.value)
         outs = tuple([_from_capsule(_capsule_of(out)) for out in full[: plan.count]])
@@ -488,7 +488,7 @@ class _Traced(torch.autograd.Function):
             ctx.kept = flat, None, len(xs)
             ctx.save_for_backward(*xs)
             return outs
-        forward = flat.residual(active)
+        forward = with_residuals(flat, active)
         full = jax_call(list(xs), forward.name_of_op)
         plan: Plan = forward.outputs(avals_of(flat, xs)).structure.value
         outs = tuple(full[: plan.count])

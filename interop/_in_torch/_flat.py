@@ -20,7 +20,6 @@ from interop._abstract import Aval, Outputs, infer_jax
 from interop._derive import Axes, Flat, FlatFn, Mask, Static, fill, pick
 from interop._errors import AbstractEvalError, UnsupportedError
 from interop._in_torch._effects import record, replay
-from interop._in_torch._residuals import residual_forward
 from interop._leaf import copy_tensor
 from interop._private import jax as jax_private
 from interop._side import Leaf, Leaves
@@ -203,10 +202,6 @@ class JaxFlat(Flat):
         """The function of so many leaves without its effects: their answers follow the leaves."""
         made = self.memo(("replaying", count), lambda: self.variant(replay(self.fn, *count), x64=self.x64))
         return self._named_after(made, None, "replaying", count)
-
-    def residual(self, nonzero: Mask) -> JaxFlat:
-        """The forward that returns its residuals behind its outputs, and as structure the `Plan` of the backward."""
-        return self.memo(("residual", nonzero), lambda: self.variant(residual_forward(self, nonzero), x64=self.x64))
 
     def outputs(self, avals: tuple[Aval, ...]) -> Outputs:
         """What is known of the outputs for inputs of these avals."""

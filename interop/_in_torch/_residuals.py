@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.core
@@ -18,11 +18,9 @@ import jax.numpy as jnp
 
 from interop._derive import NOTHING, FlatFn, Mask, Static, fill, pick
 from interop._in_torch._effects import Effectful, program_of
+from interop._in_torch._flat import JaxFlat
 from interop._private import jax as jax_private
 from interop._side import JAX, Leaf, Leaves
-
-if TYPE_CHECKING:
-    from interop._in_torch._flat import JaxFlat
 
 
 @dataclass(eq=False)
@@ -81,7 +79,12 @@ class Plan:
         return wanted, backward
 
 
-def residual_forward(flat: JaxFlat, active: Mask) -> FlatFn:
+def with_residuals(flat: JaxFlat, active: Mask) -> JaxFlat:
+    """The forward that returns its residuals behind its outputs, and as structure the `Plan` of the backward."""
+    return flat.memo(("residual", active), lambda: flat.variant(_residual_forward(flat, active), x64=flat.x64))
+
+
+def _residual_forward(flat: JaxFlat, active: Mask) -> FlatFn:
     """The function that returns its new residuals behind its outputs, and as structure the `Plan` of the backward.
 
     Its trace raises `Effectful` for a function with effects: `_effects` makes a pure one of it.
@@ -102,7 +105,7 @@ def residual_forward(flat: JaxFlat, active: Mask) -> FlatFn:
         outs = fill(fill((None,) * len(inexact), inexact, some), others_too, others)
         residuals, saved, pull, reached = _described(pull, leaves, outs, some, sum(active))
         return (*outs, *residuals), Static(
-            Plan(len(outs), structure, saved, inexact, reached, pull, flat.residual(active), active)
+            Plan(len(outs), structure, saved, inexact, reached, pull, with_residuals(flat, active), active)
         )
 
     return forward

@@ -73,7 +73,7 @@ def _shaped_openly(flat: JaxFlat, symbols: _Symbols) -> Shaped:
     bounds = tuple(symbols.bounds)
     texts, out_dtypes, structure, effects = flat.memo(("open", inputs, bounds), lambda: _infer(flat, inputs, bounds))
     for one, other in symbols.equal:
-        torch._check(one == other)  # torch guards it, as for an operation of its own that needs it
+        torch_private.same_size(one, other)  # torch guards it, as for an operation of its own that needs it
     return Shaped(tuple(tuple(map(symbols.read, text)) for text in texts), out_dtypes, structure, effects)
 
 

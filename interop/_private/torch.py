@@ -221,6 +221,11 @@ def size_hint(size: Any) -> int | None:
     return hint if isinstance(hint, int) else None
 
 
+def same_size(one: Any, other: Any) -> None:
+    """Tell torch that two sizes are one."""
+    torch._check(one == other)
+
+
 def _worded(expression: Any, known: Any) -> str | None:
     kind = type(expression).__name__
     if getattr(expression, "is_Integer", False):
