@@ -7,9 +7,11 @@ in the user's hands: any dense layout is shared, and 64-bit values follow what J
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -215,10 +217,28 @@ def tensor_to_array(t: torch.Tensor, *, x64: bool = False) -> jax.Array:
 def import_tensor(t: torch.Tensor) -> jax.Array:
     """An array over the memory of a tensor that is known to be fit for it."""
     device = _DEVICES.get(t.device) or jax_device(t.device)
-    if _import_capsule is None:
-        with jax.enable_x64(True):  # the public protocol would narrow 64 bits in silence
-            return jax.device_put(jax.dlpack.from_dlpack(t), device)
+    if _import_capsule is None or not t.is_cpu:
+        return _import_by_protocol(t, device)
     return _import_capsule(_capsule_of(t), device, None)
+
+
+def _import_by_protocol(t: torch.Tensor, device: Any) -> jax.Array:
+    """By the public protocol: on a GPU it makes JAX's stream wait for torch's, where the tensor's device is current."""
+    with contextlib.ExitStack() as stack:
+        if t.is_cuda:
+            stack.enter_context(torch.cuda.device(t.device))
+        stack.enter_context(jax.enable_x64(True))  # else 64 bits would be narrowed in silence
+        return jax.device_put(jax.dlpack.from_dlpack(t), device)
+
+
+def refuse_two_devices(tensors: Sequence[torch.Tensor]) -> None:
+    """Raise `DeviceError` for tensors on several devices, which JAX would move; a number may be anywhere."""
+    first = next((t for t in tensors if t.dim()), None)
+    for index, t in enumerate(tensors):
+        if first is not None and t.dim() and t.device != first.device:
+            raise DeviceError(f"tensors on {first.device} and {t.device} together", hint="Move them to one device").at(
+                index
+            )
 
 
 def view_of(t: torch.Tensor) -> Any:

@@ -29,6 +29,7 @@ from interop._leaf import (
     describe,
     export,
     jax_dtype,
+    refuse_two_devices,
     refuse_waiting,
     resolve,
     too_large,
@@ -42,6 +43,8 @@ _Result: TypeAlias = "tuple[Sequence[torch.Tensor], Any]"
 _SYMBOLS = frozenset({torch.SymInt, torch.SymFloat})  # numbers that a trace of torch keeps open
 _PYTHON_NUMBERS = frozenset({int, float, complex})
 _NUMBERS = _PYTHON_NUMBERS | _SYMBOLS
+_CPU = torch.device("cpu")
+_NUMBER = torch.zeros((), device="cpu")
 _ARRAYS = _PYTHON_NUMBERS | {jax_private.ArrayImpl}  # what a jitted function takes as it is
 _functorch_active, _dispatch_modes = torch_private.functorch_active, torch_private.dispatch_modes
 _forward_ad = torch.autograd.forward_ad
@@ -180,6 +183,7 @@ def arrays_of(leaves: Sequence[Leaf], *, x64: bool) -> list[Any]:
             arrays.append(leaf if type(leaf) in _NUMBERS else argument_of(leaf, x64=x64))
         except InteropError as error:
             raise error.at(index)  # noqa: B904 - the same error, located
+    refuse_two_devices([_NUMBER if type(leaf) in _NUMBERS else leaf for leaf in leaves])
     return arrays
 
 
@@ -429,9 +433,6 @@ def _refuse(leaves: Sequence[Leaf]) -> None:
                 resolve(leaf)
             except InteropError as error:
                 raise error.at(index)  # noqa: B904 - the same error, located
-
-
-_CPU = torch.device("cpu")
 
 
 def _lift(number: Any, traced: Any, device: torch.device, *, x64: bool) -> Any:
