@@ -216,24 +216,30 @@ class _Eager(torch.autograd.Function):
         plan: Plan = static.value
         running.append(plan.structure.value)
         outs = tuple([_from_capsule(_capsule_of(out)) for out in full[: plan.count]])
-        ctx.set_materialize_grads(False)
+        if plan.count > 1:
+            ctx.set_materialize_grads(False)
         if plan.rough:
             ctx.mark_non_differentiable(*[outs[i] for i in plan.rough])
         # New residuals stay arrays that nobody else sees; what is the user's input or output torch keeps and guards.
-        of = {"input": xs, "output": outs}
-        guarded = [of[origin][i] for origin, i in plan.guarded]
-        ctx.save_for_backward(*[x for x in guarded if type(x) not in _NUMBERS])
+        if plan.guarded:
+            of = {"input": xs, "output": outs}
+            guarded = [of[origin][i] for origin, i in plan.guarded]
+            ctx.save_for_backward(*[x for x in guarded if type(x) not in _NUMBERS])
         ctx.kept = flat, plan, xs, _versions(xs), full[plan.count :]
         return outs
 
     @staticmethod
     @torch_private.never_traced  # by compiled autograd: what is kept is no tensor
     def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
-        need = ctx.needs_input_grad[1:]
-        present = tuple([c is not None for c in cotangents])
         if ctx.kept is None:
             raise _freed()
-        flat, plan, xs, versions, _ = ctx.kept
+        flat, plan, xs, versions, residuals = ctx.kept
+        if plan.scaled and not _is_grad_enabled():
+            if not _keeps_graph():
+                ctx.kept = None
+            return _scaled(plan, residuals, cotangents)
+        need = ctx.needs_input_grad[1:]
+        present = tuple([c is not None for c in cotangents])
         if _is_grad_enabled():  # create_graph: from the original function and its primals, so that any order works
             wanted = plan.reach(need, present)
             grads = _higher_order(flat, _unchanged(xs, versions), wanted, present, cotangents)
@@ -281,6 +287,16 @@ class _Unjitted(torch.autograd.Function):
         if not _keeps_graph():
             ctx.kept = None
         return None, *fill((None,) * len(need), need, tuple(grads))
+
+
+def _scaled(plan: Plan, gradients: Sequence[jax.Array], cotangents: Sequence[Any]) -> tuple[Any, ...]:
+    """Gradients that came with the value, times the one cotangent; None first, for what is no leaf."""
+    (cotangent,), rest = pick(tuple(cotangents), plan.inexact), iter(gradients)
+    reached = iter(plan.reached[0])
+    return None, *[
+        _from_capsule(_capsule_of(next(rest))) * cotangent if active and next(reached) else None
+        for active in plan.active
+    ]
 
 
 def _freed() -> RuntimeError:

@@ -35,6 +35,7 @@ class Plan:
         rough: the outputs that have no derivative in any active input.
         guarded: of what is saved, what is an input or an output.
         reached: for each output that is inexact, the active inputs that its cotangent reaches.
+        scaled: whether what is saved are the gradients themselves, to be multiplied by the cotangent.
         pull: `(saved, cotangents)` to the cotangents of the active primals, under a trace.
     """
 
@@ -46,6 +47,7 @@ class Plan:
     pull: Callable[[Leaves, Leaves], Leaves]
     forward: JaxFlat
     active: Mask
+    scaled: bool = False
     backwards: dict[tuple[Mask, Mask], tuple[Mask, JaxFlat]] = field(
         default_factory=dict[tuple[Mask, Mask], "tuple[Mask, JaxFlat]"], repr=False
     )
@@ -103,10 +105,16 @@ def _residual_forward(flat: JaxFlat, active: Mask) -> FlatFn:
 
         some, pull, others = _pulled_back(inexact_part, program, pick(leaves, active))
         outs = fill(fill((None,) * len(inexact), inexact, some), others_too, others)
-        residuals, saved, pull, reached = _described(pull, leaves, outs, some, sum(active))
-        return (*outs, *residuals), Static(
-            Plan(len(outs), structure, saved, inexact, reached, pull, with_residuals(flat, active), active)
-        )
+        residuals, saved, pulled, reached = _described(pull, leaves, outs, some, sum(active))
+        scaled = _is_pulled_at_once(program, some, pick(leaves, active))
+        if scaled:
+            of = {"input": leaves, "output": outs, "residual": residuals}
+            grads = pulled(tuple(of[origin][i] for origin, i in saved), (jnp.ones_like(some[0]),))
+            residuals = pick(grads, reached[0])
+            saved = tuple(("residual", i) for i in range(len(residuals)))
+            pulled = _scaling(reached[0], pick(leaves, active))
+        plan = Plan(len(outs), structure, saved, inexact, reached, pulled, with_residuals(flat, active), active, scaled)
+        return (*outs, *residuals), Static(plan)
 
     return forward
 
@@ -175,6 +183,39 @@ def _cost_of(equation: Any) -> float:
 
 def _size(variable: Any) -> float:
     return math.prod(getattr(variable.aval, "shape", ()))
+
+
+# Nanoseconds that a gradient may take which nobody may ask for.
+_AT_ONCE = 3e3
+
+
+def _is_pulled_at_once(program: Any, some: Leaves, primals: Leaves) -> bool:
+    """Whether the gradients are computed with the value: those of a small function of one number.
+
+    They are its pull-back of 1, and the pull-back of any cotangent is a multiple of them: not where a rule of the
+    user's may be none, and not in 16 bits, where a loss is scaled because its gradients would underflow.
+    """
+    if len(some) != 1 or some[0].shape or _cost(program.jaxpr) > _AT_ONCE:
+        return False
+    dtypes = {x.dtype for x in (*some, *primals)}
+    return len(dtypes) == 1 and dtypes <= _WIDE and jax_private.is_linear_in_cotangents(program.jaxpr)
+
+
+_WIDE = {jnp.dtype("float32"), jnp.dtype("float64")}
+
+
+def _scaling(reached: Mask, primals: Leaves) -> Callable[[Leaves, Leaves], Leaves]:
+    """The pull-back from the gradients."""
+    avals = [jax.typeof(x) for x in primals]
+
+    def pulled(gradients: Leaves, cotangents: Leaves) -> Leaves:
+        ((cotangent,), rest) = cotangents, iter(gradients)
+        return tuple(
+            next(rest) * cotangent if there else jnp.zeros(aval.shape, aval.dtype)
+            for there, aval in zip(reached, avals, strict=True)
+        )
+
+    return pulled
 
 
 # --- where it is found ------------------------------------------------------------------------------------------------

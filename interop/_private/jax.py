@@ -217,6 +217,21 @@ def _silenced_program(program: Any) -> Any:
     return None if None in equations else program.replace(eqns=equations, effects=frozenset())
 
 
+def is_linear_in_cotangents(program: Any) -> bool:
+    """Whether the pull-back is JAX's own all through, and in no less than 32 bits."""
+    for equation in program.eqns:
+        if "vjp" in equation.primitive.name or any(_is_narrow(v.aval) for v in equation.outvars):
+            return False
+        if not all(is_linear_in_cotangents(getattr(p, "jaxpr", p)) for p in inner_programs(equation)):
+            return False
+    return True
+
+
+def _is_narrow(aval: Any) -> bool:
+    dtype = getattr(aval, "dtype", None)
+    return dtype is not None and jax.dtypes.issubdtype(dtype, jax.numpy.inexact) and dtype.itemsize < 4
+
+
 def dependences(program: Any) -> list[int]:
     """For each output of a jaxpr the inputs that it depends on, as a set of bits."""
     bits: dict[Any, int] = {v: 1 << i for i, v in enumerate(program.invars)}
