@@ -603,6 +603,7 @@ class Marshaller:
         self.bind, self.names = compile_binder(self.signature, name)
         self.static = frozenset(static_argnames)
         self.specs: dict[tuple[Any, ...], Spec] = {}
+        self.plain: dict[tuple[type, ...], Spec] = {}  # the same by the types of the arguments, where those tell
         self.capacity = capacity
 
     def flatten_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Spec]:
@@ -613,6 +614,10 @@ class Marshaller:
             ContainerError: an argument that can't be opened.
         """
         positional, keywords = self.bind(*args, **kwargs)
+        if not keywords:  # by far the commonest call: leaves, and nothing around them
+            known = self.plain.get(tuple(map(type, positional)))
+            if known is not None:
+                return list(positional), known
         flattener = _Flattener(numbers_static=False)
         add, leaves, tokens = flattener.add, flattener.leaves, flattener.tokens
         try:
@@ -636,6 +641,8 @@ class Marshaller:
         spec = self.specs.get(key)
         if spec is None:
             spec = self._understand(key, positional, keywords)
+            if spec.plain and all(_KINDS.get(type(value)) in tokens for value in positional):
+                self.plain[tuple(map(type, positional))] = spec
         return leaves, spec
 
     def _add_with_statics(self, flattener: _Flattener, positional: Sequence[Any], keywords: dict[str, Any]) -> None:
@@ -667,6 +674,7 @@ class Marshaller:
         spec = Spec(len(positional), tuple(n for n, _ in named), tuple(trees))
         if len(self.specs) >= self.capacity:
             del self.specs[next(iter(self.specs))]
+            self.plain.clear()
         self.specs[key] = spec
         return spec
 

@@ -85,7 +85,7 @@ def call(flat: JaxFlat, leaves: Sequence[Leaf]) -> _Result:
             return _call_carefully(flat, leaves)
     if differentiated and _is_grad_enabled():
         return _call_differentiated(flat, leaves, arrays)
-    outs, structure = evaluate(flat, arrays)
+    outs, structure = run(flat, arrays)
     return [_from_capsule(_capsule_of(out)) for out in outs], structure.value  # `export`, without its frame
 
 
@@ -156,12 +156,14 @@ def _call_legacy_batched(flat: JaxFlat, leaves: Sequence[Leaf]) -> _Result:
 
 def evaluate(flat: JaxFlat, arrays: Sequence[Any]) -> tuple[Leaves, Static]:
     """The jitted function in its own width, whatever this thread has set. Its outputs never alias its inputs."""
-    if flat.x64 is not _config.jax_enable_x64:
-        with jax.enable_x64(flat.x64):
-            return evaluate(flat, arrays)
-    if _config.jax_disable_jit:  # residuals are told apart in a trace: there has to be one
-        with jax.disable_jit(False):
-            return evaluate(flat, arrays)
+    if flat.x64 is _config.jax_enable_x64:
+        return run(flat, arrays)
+    with jax.enable_x64(flat.x64):
+        return run(flat, arrays)
+
+
+def run(flat: JaxFlat, arrays: Sequence[Any]) -> tuple[Leaves, Static]:
+    """The same in a thread that is known to have this width."""
     try:
         found = flat.jitted(*arrays)
     except jax.errors.JaxRuntimeError as error:
@@ -359,8 +361,11 @@ _LIBRARY = torch.library.Library("interop", "FRAGMENT")
 def _op(xs: list[torch.Tensor], function: str) -> list[torch.Tensor]:
     """The op on real tensors."""
     flat = FLATS[function]
+    arrays = [view_of(x) for x in xs]
     try:
-        return [export(out) for out in evaluate(flat, arrays_of(xs, x64=flat.x64))[0]]
+        if any(array is None for array in arrays):
+            arrays = arrays_of(xs, x64=flat.x64)
+        return [_from_capsule(_capsule_of(out)) for out in evaluate(flat, arrays)[0]]
     except InteropError as error:
         raise flat.locate(error)  # noqa: B904 - the same error; in a graph, no frame above knows the function
 
@@ -387,6 +392,8 @@ def _op_autograd(xs: list[torch.Tensor], function: str) -> list[torch.Tensor]:
         return list(_Transformed.apply(FLATS[function], *xs))
     if _is_grad_enabled() and any(x.requires_grad for x in xs):
         return list(_Traced.apply(FLATS[function], *xs))
+    if not _dispatch_modes() and all(type(x) in PLAIN and not x.is_meta for x in xs):
+        return _op(xs, function)  # where the dispatcher would lead
     with torch_private.below_autograd():
         return list(jax_call(xs, function))
 

@@ -24,6 +24,8 @@ from interop._leaf import copy_tensor
 from interop._private import jax as jax_private
 from interop._side import Leaf, Leaves
 
+_config: Any = jax.config
+
 
 class Names:
     """Flat functions by the names that the op calls them by.
@@ -117,7 +119,7 @@ class JaxFlat(Flat):
     jitted: Callable[..., tuple[Leaves, Static]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.jitted = jax.jit(self.fn) if self.levels.jit else self._run
+        self.jitted = jax.jit(self._traced) if self.levels.jit else self._run
         self.name_of_op = FLATS.add(self)
 
     def name_for(self, *, exported: bool) -> str:
@@ -159,6 +161,12 @@ class JaxFlat(Flat):
 
         lifted = self.memo(("lifted", is_number), lambda: self.variant(fn, x64=self.x64))
         return self._named_after(lifted, None, "lifted", is_number)
+
+    def _traced(self, *leaves: Leaf) -> tuple[Leaves, Static]:
+        if _config.jax_disable_jit:  # residuals are told apart in a trace: there has to be one
+            with jax.disable_jit(False):
+                return self.jitted(*leaves)
+        return self.fn(*leaves)
 
     def _run(self, *arrays: Any) -> tuple[Leaves, Static]:
         outs, structure = self.fn(*map(owned, arrays))

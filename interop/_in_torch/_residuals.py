@@ -83,7 +83,10 @@ class Plan:
 
 def with_residuals(flat: JaxFlat, active: Mask) -> JaxFlat:
     """The forward that returns its residuals behind its outputs, and as structure the `Plan` of the backward."""
-    return flat.memo(("residual", active), lambda: flat.variant(_residual_forward(flat, active), x64=flat.x64))
+    found = flat.memos.get(active)
+    if found is None:  # `memo` itself would make a closure for each call
+        found = flat.memo(active, lambda: flat.variant(_residual_forward(flat, active), x64=flat.x64))
+    return found
 
 
 def _residual_forward(flat: JaxFlat, active: Mask) -> FlatFn:
