@@ -65,7 +65,10 @@ def as_torch(
 
     Python numbers are traced, weakly typed; they become static by themselves when the trace needs their value. `str`,
     `bool`, `None` and other hashable objects are static. What the function reads from a closure, or from `self`, is
-    read when it is traced.
+    read when it is traced. A key of `jax.random` passes through, on its own or in a container; a seed may be a tensor.
+
+    The modes of torch do not reach into JAX: under `torch.autocast` the function computes in the dtypes it is given, a
+    default dtype or device does not concern it, and torch's generator is left alone.
 
     Args:
         fn: a function of arrays, or anything callable; without it, the decorator with these options.
@@ -165,6 +168,11 @@ def differentiable(fn: Any = None, /, *, nondiff_argnames: str | Collection[str]
     `linearize`. Gradients come in the dtype of their input, and for complex values in the host's convention (torch's
     is the conjugate of JAX's). Integer and bool leaves beside float ones have no gradient.
 
+    In torch, what the backward needs is kept as torch keeps it: an input or an output that is written to in between
+    raises torch's own error, one that is not needed may be. An input that the function does not use has no gradient
+    (None), an output without a derivative requires none. Cheap values are computed again rather than kept. Higher
+    orders are derived from the function itself, but its effects (a print, a callback) happen once a call.
+
     Args:
         fn: a crossing, or a function that a later `as_torch` or `as_jax` will cross.
         nondiff_argnames: arguments of which no derivative is taken; asking for one raises.
@@ -182,8 +190,14 @@ def jittable(*, example_output: Any) -> _Keep: ...
 def jittable(fn: Any = None, /, *, example_output: Any = None) -> Any:
     """The crossing may be traced: by `torch.compile` and its kin, or by `jax.jit` and its kin.
 
-    Output shapes are inferred. For a torch function whose shapes can't be (they depend on values, or it calls numpy),
-    `example_output` says them; a result that disagrees raises.
+    Output shapes are inferred. For a function whose shapes can't be (a torch function in which they depend on values,
+    or a JAX function with `jit=False`), `example_output` says them; a result that disagrees raises.
+
+    In torch: `torch.compile` with any backend, fullgraph, `make_fx`, fake and meta tensors. Sizes that torch keeps open
+    stay open where JAX can infer the shapes from them; else they are fixed, and guarded by torch. A graph keeps the
+    width, 32 or 64 bits, that JAX had when it was traced. What `torch.export` writes names the function by its module
+    and qualified name, and runs where that module can be imported; a lambda or a closure is refused. `torch.jit` is
+    refused.
 
     Args:
         fn: a crossing, or a function that a later `as_torch` or `as_jax` will cross.

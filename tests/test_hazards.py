@@ -478,6 +478,60 @@ def test_a_value_that_escapes_a_compiled_program_stays_right() -> None:
     del junk
 
 
+# --- memory that goes, and other devices -----------------------------------------------------------------------------
+
+
+def test_a_storage_that_is_freed_after_a_call_takes_nothing_along(run_python: Callable[..., str]) -> None:
+    """Neither the result, nor the gradient that needs none of it; JAX would read memory that is gone."""
+    out = run_python(
+        """
+        import torch, jax, jax.numpy as jnp, interop
+        f = interop.differentiable(interop.as_torch(lambda a: (a[0, 0], jnp.tanh(a), a * 3)))
+        n, wrong = 4096, 0
+        for trial in range(10):
+            x = torch.full((n, n), 0.5, requires_grad=True)
+            corner, bent, scaled = f(x)
+            with torch.no_grad():
+                x.untyped_storage().resize_(0)
+            junk = torch.full((n, n), 7.0)
+            (grad,) = torch.autograd.grad(bent.sum() + scaled.sum(), x)
+            tanh = torch.tanh(torch.tensor(0.5))
+            wrong += not torch.allclose(grad, 1 - tanh * tanh + 3)
+            wrong += not (torch.allclose(bent, tanh) and bool((scaled == 1.5).all()) and corner == 0.5)
+        x = torch.ones(1 << 16)
+        y = interop.as_torch(lambda a: a + 1)(x)
+        x.resize_(1 << 22)
+        print(wrong, y.min().item(), y.max().item())
+        """,
+        timeout=120,
+    )
+    assert out.split() == ["0", "2.0", "2.0"]
+
+
+def test_devices_of_jax_other_than_the_first(run_python: Callable[..., str]) -> None:
+    """A default device, and a closure that lives on another: the values come, in either width."""
+    out = run_python(
+        """
+        import torch, jax, jax.numpy as jnp, interop
+        parameter = jax.device_put(jnp.arange(3.0), jax.devices()[3])
+        f = interop.differentiable(interop.as_torch(lambda a: (a * parameter).sum()))
+        with jax.default_device(jax.devices()[5]):
+            g = interop.as_torch(lambda a: a * 2)
+            for dtype in (torch.float32, torch.float64):
+                print(g(torch.ones(2, dtype=dtype)).tolist())
+        x = torch.ones(3, requires_grad=True)
+        out = f(x)
+        out.backward()
+        print(out.item(), x.grad.tolist())
+        sharded = jax.device_put(jnp.arange(8.0), jax.sharding.NamedSharding(
+            jax.make_mesh((8,), ("i",)), jax.sharding.PartitionSpec("i")))
+        print(interop.as_torch(lambda a, b: a + b)(torch.ones(8), sharded).tolist())
+        """,
+        XLA_FLAGS="--xla_force_host_platform_device_count=8",
+    )
+    assert out.splitlines() == ["[2.0, 2.0]"] * 2 + ["3.0 [0.0, 1.0, 2.0]", "[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]"]
+
+
 # --- programs that could hang or crash --------------------------------------------------------------------------------
 
 

@@ -360,6 +360,50 @@ def test_one_tensor_given_twice() -> None:
     close(gradients(ours), gradients(in_torch))
 
 
+LOSSES: dict[str, tuple[Fn, Fn]] = {
+    "smooth": (lambda x, y: (jnp.sin(x) * y).sum(), lambda x, y: (torch.sin(x) * y).sum()),
+    "one input unused": (lambda x, y: (x**3).sum(), lambda x, y: (x**3).sum()),
+    "beside a mask": (lambda x, y: ((x * x * y).sum(), x > y), lambda x, y: ((x * x * y).sum(), x > y)),
+    "in 16 bits inside": (
+        lambda x, y: ((x.astype(jnp.bfloat16) * 2).astype(x.dtype) * x * y).sum(),
+        lambda x, y: ((x.bfloat16() * 2).to(x.dtype) * x * y).sum(),
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("fn", "native"), LOSSES.values(), ids=LOSSES)
+def test_a_small_function_of_one_number(fn: Fn, native: Fn, dtype: torch.dtype) -> None:
+    """Whose gradient comes with the value: for any cotangent, some inputs or all, and one order more."""
+
+    def asked(f: Fn) -> list[Any]:
+        x, y = point(dtype)
+        loss = lambda x, y: out[0] if isinstance(out := f(x, y), tuple) else out  # noqa: E731
+        first = grad(loss(x, y), x, create_graph=True)[0]
+        return [
+            grad(loss(x, y), (x, y), allow_unused=True),
+            grad(loss(x, y) * -2.5, x),
+            grad(loss(x, y), y, allow_unused=True),
+            grad(loss(x, y), x, torch.tensor([1.0, 0.0, 3.0], dtype=dtype), is_grads_batched=True),
+            first.detach(),
+            grad(first.sum(), x) if first.requires_grad else None,
+        ]
+
+    close(asked(levels(fn)), asked(native))
+
+
+def test_a_rule_that_is_not_linear_sees_the_cotangent() -> None:
+    """A gradient that is clipped is no multiple of another."""
+
+    @jax.custom_vjp
+    def clipped(x: Any) -> Any:
+        return x
+
+    clipped.defvjp(lambda x: (x, None), lambda _, g: (jnp.clip(g, -1, 1),))
+    x = leaf(1.0, 2.0)
+    assert grad(levels(lambda x: clipped(x).sum())(x), x, torch.tensor(5.0))[0].tolist() == [1, 1]
+
+
 # --- writes between forward and backward ------------------------------------------------------------------------------
 
 
