@@ -35,7 +35,7 @@ from interop._leaf import (
     torch_dtype,
     x64_enabled,
 )
-from interop._located import find, locate, look_up
+from interop._located import dump_spec, find, load_spec, locate, look_up
 from interop._marshal import SINGLE_TENSOR, Kind, Marshaller, Spec, Tree, find_closed_over, flatten
 from interop._module import ModuleFunction
 from interop._side import JAX, TORCH, Leaf, Leaves, Side
@@ -213,7 +213,7 @@ def _located_call(record: Record, spec: Spec, numbers: Any, impls: Any) -> dict[
         return {
             "guest": locate(record.fn, _guest_of),
             "options": {name: getattr(record, name) for name in _EXPORTED},
-            "call": spec.dump(),
+            "call": dump_spec(spec),
             "numbers": numbers,
             "impls": impls,
         }
@@ -229,7 +229,7 @@ def _load_call(located: dict[str, Any]) -> Any:
     options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in located["options"].items()}
     entry = Entry(Record(find(located["guest"], _guest_of), TORCH, **options))
     numbers = None if located["numbers"] is None else tuple(located["numbers"])
-    return entry.flat(Spec.load(located["call"]), numbers, tuple(located["impls"]))
+    return entry.flat(load_spec(located["call"]), numbers, tuple(located["impls"]))
 
 
 _in_torch.FLATS.load = _load_call

@@ -1,4 +1,4 @@
-"""How another process finds a function: by the module and the qualified name of what a program can import.
+"""How another process finds a call: its function, by the module and the qualified name of what a program can import.
 
 Everything here is plain data that JSON can hold. A lambda, a closure or an object that no module holds can't be found,
 and is refused by name.
@@ -6,6 +6,7 @@ and is refused by name.
 
 from __future__ import annotations
 
+import collections
 import functools
 import importlib
 import sys
@@ -14,8 +15,11 @@ from collections.abc import Callable
 from typing import Any
 
 from interop._errors import UnsupportedError
+from interop._marshal import Container, Kind, Spec, StaticLeaf, Tree, open_container, static_leaf
 
 _CONSTANTS = (type(None), bool, int, float, str)
+
+# --- functions --------------------------------------------------------------------------------------------------------
 
 
 def locate(fn: Any, guest_of: Callable[[Any], Any]) -> Any:
@@ -72,3 +76,55 @@ def _refusal(x: Any, why: str) -> UnsupportedError:
     return UnsupportedError(
         f"{name} can't be found by another process: {why}", hint="Export a function that a module defines by name"
     )
+
+
+# --- structures -------------------------------------------------------------------------------------------------------
+
+
+def dump_spec(spec: Spec) -> dict[str, Any]:
+    """The structure of a call; raises for a container or a static that has no words."""
+    trees = [list(map(_dump_token, tree.tokens)) for tree in spec.trees]
+    return {"positional": spec.positional, "names": spec.names, "trees": trees}
+
+
+def load_spec(dumped: dict[str, Any]) -> Spec:
+    """The structure again."""
+    trees = tuple(Tree(tuple(map(_load_token, tokens))) for tokens in dumped["trees"])
+    return Spec(dumped["positional"], tuple(dumped["names"]), trees)
+
+
+_MAKE: dict[Any, Callable[[Any], Any]] = {
+    dict: dict.fromkeys,
+    collections.OrderedDict: collections.OrderedDict.fromkeys,
+    list: lambda n: [None] * n,
+    tuple: lambda n: (None,) * n,
+}
+
+
+def _dump_token(token: Any) -> Any:
+    if type(token) is Kind:
+        return token.name
+    if type(token) is StaticLeaf and isinstance(token.value, _CONSTANTS):
+        return {"static": token.value}
+    if type(token) is Container and token.type in _MAKE:
+        keyed = issubclass(token.type, dict)
+        return {token.type.__name__: [key for _, key in token.aux] if keyed else token.count}
+    if type(token) is Container and hasattr(token.type, "_fields"):
+        return {"named": [token.type.__module__, token.type.__qualname__]}
+    raise UnsupportedError(
+        f"a {token.type.__qualname__} can't be told to another process",
+        hint="Pass tuples, lists, dicts, named tuples, numbers and strings to what is exported",
+    )
+
+
+def _load_token(dumped: Any) -> Any:
+    if isinstance(dumped, str):
+        return Kind[dumped]
+    ((kind, of),) = dumped.items()
+    if kind == "static":
+        return static_leaf(of)
+    if kind == "named":
+        importlib.import_module(of[0])
+        named = look_up(*of)
+        return open_container(named(*[None] * len(named._fields)))
+    return open_container(next(make for known, make in _MAKE.items() if known.__name__ == kind)(of))

@@ -13,7 +13,6 @@ import dataclasses
 import dis
 import enum
 import functools
-import importlib
 import inspect
 import sys
 import types
@@ -24,9 +23,8 @@ import jax
 import numpy as np
 import torch
 
-from interop._errors import ContainerError, OptionError, UnsupportedError
+from interop._errors import ContainerError, OptionError
 from interop._leaf import describe
-from interop._located import look_up
 from interop._private import jax as jax_private
 from interop._private import torch as torch_private
 from interop._signature import compile_binder, signature_of
@@ -83,7 +81,7 @@ def _kind(x: Any) -> Kind | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Container:
+class Container:
     """How one type of container is rebuilt from its children; equal when it would be rebuilt alike."""
 
     type: type
@@ -97,7 +95,7 @@ class _Container:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Static:
+class StaticLeaf:
     """A static leaf: compared by type and value, floats and complex by their bits (0.0 is not -0.0, nan is nan)."""
 
     type: type
@@ -125,7 +123,7 @@ class _Flattener:
                 self.open(x, t)
                 return
         if kind is Kind.STATIC or (kind is Kind.NUMBER and self.numbers_static):
-            self.tokens.append(_static(x))
+            self.tokens.append(static_leaf(x))
         else:
             self.leaves.append(x)
             self.tokens.append(kind)
@@ -142,12 +140,13 @@ class _Flattener:
             self.add(child)
 
 
-def _static(x: Any) -> _Static:
+def static_leaf(x: Any) -> StaticLeaf:
+    """A value as a static leaf."""
     key = repr(x) if isinstance(x, float | complex) else x
-    return _Static(type(x), key, x)
+    return StaticLeaf(type(x), key, x)
 
 
-def _opaque(x: Any) -> _Static:
+def _opaque(x: Any) -> StaticLeaf:
     """A leaf that is neither value nor container: static, if it is hashable and hides nothing."""
     hidden = _hidden(x)
     if hidden:
@@ -162,7 +161,7 @@ def _opaque(x: Any) -> _Static:
             f"a {type(x).__qualname__} is neither a value, a known container, nor hashable",
             hint="Register it with jax.tree_util, or pass its parts",
         ) from None
-    return _static(x)
+    return static_leaf(x)
 
 
 def _blame(x: Any) -> tuple[str, ContainerError] | None:
@@ -269,7 +268,7 @@ def _attributes(x: Any) -> list[tuple[str, Any]]:
 
 # --- containers -------------------------------------------------------------------------------------------------------
 
-_Opened = tuple[_Container, Sequence[Any]] | None
+_Opened = tuple[Container, Sequence[Any]] | None
 
 
 def _keys_of(x: Any) -> tuple[tuple[type, Any], ...]:
@@ -279,13 +278,13 @@ def _keys_of(x: Any) -> tuple[tuple[type, Any], ...]:
 def _open_dict(x: dict[Any, Any]) -> _Opened:
     keys = tuple(x)
     names = tuple([f"[{k!r}]" for k in keys])
-    return _Container(dict, _keys_of(x), names, lambda c: dict(zip(keys, c, strict=True))), list(x.values())
+    return Container(dict, _keys_of(x), names, lambda c: dict(zip(keys, c, strict=True))), list(x.values())
 
 
 def _open_ordered(x: Any) -> _Opened:
     keys, names = tuple(x), tuple(f"[{k!r}]" for k in x)
     build = functools.partial(_zipped, collections.OrderedDict, keys)
-    return _Container(collections.OrderedDict, _keys_of(x), names, build), list(x.values())
+    return Container(collections.OrderedDict, _keys_of(x), names, build), list(x.values())
 
 
 def _zipped(make: Callable[[Any], Any], keys: tuple[Any, ...], children: list[Any]) -> Any:
@@ -295,7 +294,7 @@ def _zipped(make: Callable[[Any], Any], keys: tuple[Any, ...], children: list[An
 def _open_defaultdict(x: Any) -> _Opened:
     keys, names, factory = tuple(x), tuple(f"[{k!r}]" for k in x), x.default_factory
     build = functools.partial(_zipped, functools.partial(collections.defaultdict, factory), keys)
-    return _Container(collections.defaultdict, (factory, _keys_of(x)), names, build), list(x.values())
+    return Container(collections.defaultdict, (factory, _keys_of(x)), names, build), list(x.values())
 
 
 _INDEX_NAMES = [tuple(f"[{i}]" for i in range(n)) for n in range(64)]
@@ -306,34 +305,34 @@ def _indices(n: int) -> tuple[str, ...]:
 
 
 def _open_tuple(x: tuple[Any, ...]) -> _Opened:
-    return _Container(tuple, None, _indices(len(x)), tuple), x
+    return Container(tuple, None, _indices(len(x)), tuple), x
 
 
 def _open_list(x: list[Any]) -> _Opened:
-    return _Container(list, None, _indices(len(x)), list), x
+    return Container(list, None, _indices(len(x)), list), x
 
 
 def _open_deque(x: Any) -> _Opened:
     maxlen = x.maxlen
-    return _Container(collections.deque, maxlen, _indices(len(x)), lambda c: collections.deque(c, maxlen)), list(x)
+    return Container(collections.deque, maxlen, _indices(len(x)), lambda c: collections.deque(c, maxlen)), list(x)
 
 
 def _open_slice(x: slice) -> _Opened:
     parts = (x.start, x.stop, x.step)
     if all(p is None or isinstance(p, int) for p in parts):
-        return _Container(slice, parts, (), lambda _: slice(*parts)), ()
-    return _Container(slice, None, (".start", ".stop", ".step"), lambda c: slice(*c)), parts
+        return Container(slice, parts, (), lambda _: slice(*parts)), ()
+    return Container(slice, None, (".start", ".stop", ".step"), lambda c: slice(*c)), parts
 
 
 def _open_named(x: Any) -> _Opened:
     t = type(x)
-    return _Container(t, None, tuple(f".{n}" for n in t._fields), lambda c: t(*c)), tuple(x)
+    return Container(t, None, tuple(f".{n}" for n in t._fields), lambda c: t(*c)), tuple(x)
 
 
 def _open_struct(x: Any) -> _Opened:
     """A result of torch with named fields (`torch.return_types`)."""
     t = type(x)
-    return _Container(t, None, _indices(len(x)), t), tuple(x)
+    return Container(t, None, _indices(len(x)), t), tuple(x)
 
 
 def _open_registered(x: Any) -> _Opened:
@@ -342,7 +341,7 @@ def _open_registered(x: Any) -> _Opened:
     treedef: Any
     paths, treedef = jax.tree_util.tree_flatten_with_path(x, is_leaf=is_child)
     names = tuple(jax.tree_util.keystr(path) for path, _ in paths)
-    return _Container(type(x), treedef, names, treedef.unflatten), [child for _, child in paths]
+    return Container(type(x), treedef, names, treedef.unflatten), [child for _, child in paths]
 
 
 def _open_dataclass(x: Any) -> _Opened:
@@ -356,20 +355,20 @@ def _open_dataclass(x: Any) -> _Opened:
             object.__setattr__(new, name, child)
         return new
 
-    return _Container(t, None, tuple(f".{n}" for n in fields), build), [getattr(x, n) for n in fields]
+    return Container(t, None, tuple(f".{n}" for n in fields), build), [getattr(x, n) for n in fields]
 
 
 def _open_torch_registered(x: Any) -> _Opened:
     """One level of a pytree that torch knows (ModelOutput, TensorDict, a user's own)."""
     t = type(x)
     children, context, build = torch_private.open_pytree(x)
-    return _Container(t, _hashable(context), _indices(len(children)), build), children
+    return Container(t, _hashable(context), _indices(len(children)), build), children
 
 
 def _open_batch_encoding(x: Any) -> _Opened:
     t, keys = type(x), tuple(x.data)
     names = tuple(f"[{k!r}]" for k in keys)
-    return _Container(t, keys, names, lambda c: t(dict(zip(keys, c, strict=True)))), list(x.data.values())
+    return Container(t, keys, names, lambda c: t(dict(zip(keys, c, strict=True)))), list(x.data.values())
 
 
 def _hashable(context: Any) -> Any:
@@ -389,6 +388,12 @@ _OPENERS: dict[type, Callable[[Any], _Opened]] = {
     collections.deque: _open_deque,
     slice: _open_slice,
 }
+
+
+def open_container(x: Any) -> Any:
+    """How this container is rebuilt from its children."""
+    opener: Any = _OPENERS.get(type(x)) or _opener_for(x)
+    return opener(x)[0]
 
 
 def _opener_for(x: Any) -> Callable[[Any], _Opened] | None:
@@ -458,57 +463,11 @@ class Tree:
         return found
 
 
-def dump_tree(tree: Tree) -> list[Any]:
-    """A structure as data that JSON can hold; raises for a container or a static that has none."""
-    return list(map(_dump_token, tree.tokens))
-
-
-def load_tree(dumped: Sequence[Any]) -> Tree:
-    """The structure again."""
-    return Tree(tuple(map(_load_token, dumped)))
-
-
-def _dump_token(token: Any) -> Any:
-    if type(token) is Kind:
-        return token.name
-    if type(token) is _Static and (token.value is None or type(token.value) in (bool, int, float, str)):
-        return {"static": token.value}
-    if type(token) is _Container and token.type in _PLAIN_CONTAINERS:
-        keyed = issubclass(token.type, dict)
-        return {token.type.__name__: [key for _, key in token.aux] if keyed else token.count}
-    if type(token) is _Container and hasattr(token.type, "_fields"):
-        return {"named": [token.type.__module__, token.type.__qualname__]}
-    raise UnsupportedError(
-        f"a {token.type.__qualname__} can't be told to another process",
-        hint="Pass tuples, lists, dicts, named tuples, numbers and strings to what is exported",
-    )
-
-
-_PLAIN_CONTAINERS: dict[Any, Any] = {dict: dict.fromkeys, list: lambda n: [None] * n, tuple: lambda n: (None,) * n}
-_PLAIN_CONTAINERS[collections.OrderedDict] = collections.OrderedDict.fromkeys
-
-
-def _load_token(dumped: Any) -> Any:
-    if isinstance(dumped, str):
-        return Kind[dumped]
-    ((kind, of),) = dumped.items()
-    if kind == "static":
-        return _static(of)
-    if kind == "named":
-        importlib.import_module(of[0])
-        example = look_up(*of)._make([None] * len(look_up(*of)._fields))
-    else:
-        make = next(make for known, make in _PLAIN_CONTAINERS.items() if known.__name__ == kind)
-        example = make(of)
-    opener: Any = _OPENERS.get(type(example)) or _opener_for(example)
-    return opener(example)[0]
-
-
 def _build(tokens: Iterator[Any], leaves: Iterator[Any]) -> Any:
     token = next(tokens)
     if type(token) is Kind:
         return next(leaves)
-    if type(token) is _Static:
+    if type(token) is StaticLeaf:
         return token.value
     return token.build([_build(tokens, leaves) for _ in token.names])
 
@@ -517,7 +476,7 @@ def _walk_paths(tokens: Iterator[Any], path: str, found: list[str]) -> None:
     token = next(tokens)
     if type(token) is Kind:
         found.append(path)
-    elif type(token) is _Container:
+    elif type(token) is Container:
         for name in token.names:
             _walk_paths(tokens, path + name, found)
 
@@ -553,18 +512,21 @@ class Spec:
     """The structure of one call. One object for each structure, from a bounded cache; compared by identity.
 
     Attributes:
+        positional: how many arguments are positional; the others are keywords.
+        names: of the parameters, one for each argument.
+        trees: the structure of each argument.
         kinds: of the dynamic leaves, in order.
         argnames: the parameter that each dynamic leaf belongs to.
         memo: free for whoever calls: what was made for this structure.
         plain: whether every argument is positional, and a leaf.
     """
 
-    __slots__ = ("_names", "_positional", "_trees", "argnames", "kinds", "memo", "plain")
+    __slots__ = ("argnames", "kinds", "memo", "names", "plain", "positional", "trees")
 
     def __init__(self, positional: int, names: tuple[str, ...], trees: tuple[Tree, ...]) -> None:
-        self._positional = positional
-        self._names = names
-        self._trees = trees
+        self.positional = positional
+        self.names = names
+        self.trees = trees
         self.kinds = tuple(kind for tree in trees for kind in tree.kinds)
         self.argnames = tuple(n.partition("[")[0] for n, tree in zip(names, trees, strict=True) for _ in tree.kinds)
         self.memo: dict[Any, Any] = {}
@@ -575,22 +537,13 @@ class Spec:
         if self.plain:
             return tuple(leaves), {}
         rest = iter(leaves)
-        values = [tree.unflatten([next(rest) for _ in tree.kinds]) for tree in self._trees]
-        keywords = dict(zip(self._names[self._positional :], values[self._positional :], strict=True))
-        return tuple(values[: self._positional]), keywords
+        values = [tree.unflatten([next(rest) for _ in tree.kinds]) for tree in self.trees]
+        keywords = dict(zip(self.names[self.positional :], values[self.positional :], strict=True))
+        return tuple(values[: self.positional]), keywords
 
     def path(self, index: int) -> str:
         """Where a dynamic leaf is, from its parameter's name: `x['w'][0]`."""
-        return [n + p for n, tree in zip(self._names, self._trees, strict=True) for p in tree.paths()][index]
-
-    def dump(self) -> dict[str, Any]:
-        """The structure as data that JSON can hold."""
-        return {"positional": self._positional, "names": self._names, "trees": list(map(dump_tree, self._trees))}
-
-    @classmethod
-    def load(cls, dumped: dict[str, Any]) -> Spec:
-        """The structure again."""
-        return cls(dumped["positional"], tuple(dumped["names"]), tuple(map(load_tree, dumped["trees"])))
+        return [n + p for n, tree in zip(self.names, self.trees, strict=True) for p in tree.paths()][index]
 
 
 class Marshaller:

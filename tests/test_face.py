@@ -99,12 +99,12 @@ def test_the_version_is_there() -> None:
 # A file imports only what stands above it, or beside it under the same name.
 ORDER = [
     "_errors",
-    "_located",
     "_private",
     "_leaf",
     "_side",
     "_signature",
     "_marshal",
+    "_located",
     "_derive",
     "_abstract",
     "_in_torch | _in_jax",
