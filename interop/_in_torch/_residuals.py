@@ -128,13 +128,25 @@ def _residual_forward(flat: JaxFlat, active: Mask) -> FlatFn:
 _CHEAP, _ELEMENT, _PRODUCT = 0.3, 5.0, 0.05
 _KEPT = 1e3  # what one more residual costs: an output of the forward, an input of the backward
 
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # Operations that are computed again rather than kept: each reads little more than it writes.
-_FUSED = frozenset(
-    "abs add and broadcast_in_dim ceil clamp complex conj convert_element_type copy copy_p div eq expand_dims floor ge "  # noqa: SIM905 - as words, they can be read
+_FUSED = _words(
+    "abs add and broadcast_in_dim ceil clamp complex conj convert_element_type copy copy_p div eq expand_dims floor ge "
     "gt imag integer_pow iota is_finite le lt max min mul ne neg not or real reshape rev round select_n sign slice "
-    "square squeeze stop_gradient sub transpose xor".split()
+    "square squeeze stop_gradient sub transpose xor"
+)
+_ELEMENTWISE = _words(
+    "acos acosh argmax argmin asin asinh atan atan2 atanh cbrt concatenate cos cosh cummax cummin cumprod cumsum "
+    "digamma dynamic_slice dynamic_update_slice erf erf_inv erfc exp exp2 expm1 gather lgamma log log1p logistic "
+    "nextafter pad pow reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum rem rsqrt scatter scatter-add "
+    "sin sinh sqrt tan tanh"
 )
 _LOOPS = frozenset({"scan", "while"})
+_UNKNOWN = 1e9  # a factorisation, a sort, a callback: kept, whatever it costs
 
 
 def _pulled_back(part: Callable[..., Any], program: Any, primals: Leaves) -> tuple[Leaves, Any, Leaves]:
@@ -181,7 +193,12 @@ def _cost_of(equation: Any) -> float:
     if name == "dot_general":
         left = equation.invars[0].aval.shape
         return _PRODUCT * size * math.prod(left[i] for i in equation.params["dimension_numbers"][0][0])
-    return (_CHEAP if name in _FUSED else _ELEMENT) * max(size, *(_size(v) for v in equation.invars), 1)
+    if name == "conv_general_dilated":
+        kernel = equation.invars[1].aval
+        return _PRODUCT * size * kernel.size / kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
+    if name in _FUSED or name in _ELEMENTWISE:
+        return (_CHEAP if name in _FUSED else _ELEMENT) * max(size, *(_size(v) for v in equation.invars), 1)
+    return _UNKNOWN
 
 
 def _size(variable: Any) -> float:
