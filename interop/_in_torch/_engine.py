@@ -114,7 +114,7 @@ def _call_differentiated(flat: JaxFlat, leaves: Sequence[Leaf], arrays: list[Any
         return _call_effectful(flat, leaves)
     running = [flat, arrays]
     try:
-        outs = (_Eager if flat.levels.jit else _Unjitted).apply(running, *leaves)
+        outs = (_apply_eager if flat.levels.jit else _Unjitted.apply)(running, *leaves)
     except Effectful:
         flat.effectful = True
         return _call_effectful(flat, leaves)
@@ -218,7 +218,7 @@ class _Eager(torch.autograd.Function):
         plan: Plan = static.value
         running.append(plan.structure.value)
         outs = tuple([_from_capsule(_capsule_of(out)) for out in full[: plan.count]])
-        if plan.count > 1:
+        if plan.count != 1:
             ctx.set_materialize_grads(False)
         if plan.rough:
             ctx.mark_non_differentiable(*[outs[i] for i in plan.rough])
@@ -255,6 +255,9 @@ class _Eager(torch.autograd.Function):
             ctx.kept = None
         rest = iter(grads)
         return None, *[next(rest) if w else None for w in wanted]
+
+
+_apply_eager = torch_private.apply_of(_Eager)
 
 
 class _Unjitted(torch.autograd.Function):
@@ -310,8 +313,8 @@ def _freed() -> RuntimeError:
 
 def _versions(xs: Leaves) -> list[int]:
     try:
-        return [0 if type(x) in _NUMBERS else x._version for x in xs]
-    except RuntimeError:  # inference tensors have none
+        return [x._version for x in xs]
+    except (AttributeError, RuntimeError):  # numbers and inference tensors have none
         return [0 if type(x) in _NUMBERS or x.is_inference() else x._version for x in xs]
 
 

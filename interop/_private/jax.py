@@ -34,19 +34,12 @@ ArrayImpl: Any = getattr(_jax, "ArrayImpl", None)
 import_capsule: Any = getattr(_jax, "dlpack_managed_tensor_to_buffer", None)
 
 
-# The DLPack capsule of an array, waiting until its value is there: 0.4 us, against 3.6 us of `__dlpack__`.
-_export_capsule: Any = getattr(_jax, "buffer_to_dlpack_managed_tensor", None)
-
-
-def _private_capsule(array: jax.Array) -> Any:
-    return _export_capsule(array, None)
-
-
 def _public_capsule(array: jax.Array) -> Any:
     return array.__dlpack__()
 
 
-capsule_of: Callable[[jax.Array], Any] = _private_capsule if _export_capsule else _public_capsule
+# The DLPack capsule of an array, waiting until its value is there: 0.4 us, against 3.6 us of `__dlpack__`.
+capsule_of: Callable[[jax.Array], Any] = getattr(_jax, "buffer_to_dlpack_managed_tensor", None) or _public_capsule
 
 
 @functools.lru_cache(maxsize=1024)
