@@ -672,6 +672,15 @@ def test_a_cotangent_that_jax_can_not_hold_into_a_compiled_function(kind: str) -
     assert grad(f(x), x, torch.ones(3))[0].tolist() == [2, 2, 2]
 
 
+def test_a_cotangent_of_a_small_loss_is_refused_too() -> None:
+    """Where the gradient has come with the value."""
+    x = torch.ones(3, requires_grad=True)
+    out = levels(lambda x: (x * x).sum())(x)
+    with pytest.raises(interop.LeafError, match="Foreign"):
+        grad(out, x, torch.ones(()).as_subclass(Foreign), retain_graph=True)
+    assert grad(out, x)[0].tolist() == [2, 2, 2]
+
+
 def test_a_refused_cotangent_names_the_function() -> None:
     x = torch.ones(3, requires_grad=True)
     out = levels(energy)({"n": [torch.ones(3)]}, x)

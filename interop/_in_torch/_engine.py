@@ -239,7 +239,7 @@ class _Eager(torch.autograd.Function):
         if plan.scaled and not _is_grad_enabled():
             if not _keeps_graph():
                 ctx.kept = None
-            return _scaled(plan, residuals, cotangents)
+            return _scaled(flat, plan, residuals, cotangents)
         need = ctx.needs_input_grad[1:]
         present = tuple([c is not None for c in cotangents])
         if _is_grad_enabled():  # create_graph: from the original function and its primals, so that any order works
@@ -294,9 +294,14 @@ class _Unjitted(torch.autograd.Function):
         return None, *fill((None,) * len(need), need, tuple(grads))
 
 
-def _scaled(plan: Plan, gradients: Sequence[jax.Array], cotangents: Sequence[Any]) -> tuple[Any, ...]:
+def _scaled(flat: JaxFlat, plan: Plan, gradients: Sequence[jax.Array], cotangents: Sequence[Any]) -> tuple[Any, ...]:
     """Gradients that came with the value, times the one cotangent; None first, for what is no leaf."""
     (cotangent,), rest = pick(tuple(cotangents), plan.inexact), iter(gradients)
+    if type(cotangent) not in PLAIN and not torch_private.is_traced(cotangent):
+        try:
+            resolve(cotangent)
+        except InteropError as error:
+            raise flat.locate(error)  # noqa: B904 - the same error; no frame above knows the function
     reached = iter(plan.reached[0])
     return None, *[
         _from_capsule(_capsule_of(next(rest))) * cotangent if active and next(reached) else None
