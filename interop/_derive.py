@@ -126,6 +126,12 @@ def pick(leaves: Leaves, mask: Mask) -> Leaves:
     return tuple(leaf for leaf, chosen in zip(leaves, mask, strict=True) if chosen)
 
 
+def join(mask: Mask, chosen: Leaves, others: Leaves) -> Leaves:
+    """The leaves again, from those under the mask and the others: what `pick` has parted."""
+    parts = iter(chosen), iter(others)
+    return tuple(next(parts[0] if under else parts[1]) for under in mask)
+
+
 def inexact_part(flat: Flat, primals: Leaves, nonzero: Mask) -> Callable[..., Leaves]:
     """The function of the `nonzero` primals alone, and of its inexact outputs alone: what has a derivative."""
 

@@ -99,9 +99,10 @@ def _call_transformed(flat: JaxFlat, leaves: Sequence[Leaf]) -> _Result:
         torch_private.teach_functionalize(_Transformed)
         return _call_op(flat, leaves, _Transformed)
     plain, axes, outside, wrap = peeled
+    batched = any(axis is not None for axis in axes)
     with outside:
-        outs, structure = call(flat.vmap(axes) if any(a is not None for a in axes) else flat, plain)
-    return (wrap(outs) if any(a is not None for a in axes) else outs), structure
+        outs, structure = call(flat.vmap(axes) if batched else flat, plain)
+    return (wrap(outs) if batched else outs), structure
 
 
 def _call_differentiated(flat: JaxFlat, leaves: Sequence[Leaf], arrays: list[Any]) -> _Result:
@@ -148,7 +149,7 @@ def _call_carefully(flat: JaxFlat, leaves: Sequence[Leaf]) -> _Result:
 
 def _call_legacy_batched(flat: JaxFlat, leaves: Sequence[Leaf]) -> _Result:
     """A call on batches of the older vmap, that of `is_grads_batched`: one level, below autograd's."""
-    batched = [type(x) not in _NUMBERS and torch_private.is_legacy_batched(x) for x in leaves]
+    batched = [type(x) not in _NUMBERS and _is_legacy_batched(x) for x in leaves]
     plain = [torch_private.unbatch(x) if b else x for x, b in zip(leaves, batched, strict=True)]
     outs, structure = call(flat.vmap(tuple(0 if b else None for b in batched)), plain)
     return [torch_private.batch(out) for out in outs], structure
@@ -389,7 +390,7 @@ def _op_fake(xs: list[torch.Tensor], function: str) -> list[torch.Tensor]:
         raise flat.locate(error.at(without[0]))
     if not torch_private.is_compiled():
         FLATS.keep(function, flat)
-    device = xs[0].device if xs else torch.device("cpu")
+    device = xs[0].device if xs else _CPU
     outs = shaped(flat, xs)
     return [torch.empty(s, dtype=dtype, device=device) for s, dtype in zip(outs.shapes, outs.dtypes, strict=True)]
 
@@ -433,7 +434,7 @@ jax_call = torch.ops.interop.jax_call.default
 
 def _call_op(flat: JaxFlat, leaves: Sequence[Leaf], function: Any) -> _Result:
     """Call through the op: numbers become tensors, and the structure is found without values."""
-    if torch_private.is_tracing():
+    if _is_tracing():
         raise UnsupportedError("torch.jit.trace sees nothing of a JAX function", hint="Use torch.export")
     is_number = tuple(type(leaf) in _NUMBERS for leaf in leaves)
     given = [leaf for leaf in leaves if type(leaf) not in _NUMBERS]
@@ -448,10 +449,9 @@ def _call_op(flat: JaxFlat, leaves: Sequence[Leaf], function: Any) -> _Result:
     if flat.levels.jit and not flat.records and shaped(flat, tensors).effects:
         return _call_effectful(flat, tensors)
     RAN.structures.pop(flat, None)
-    if torch.compiler.is_exporting():  # whoever runs the program transforms and differentiates the op
-        outs = jax_call(tensors, flat.name_for(exported=True))
-    else:
-        outs = function.apply(flat, *tensors)
+    # Whoever runs an exported program transforms and differentiates the op itself.
+    exporting = torch.compiler.is_exporting()
+    outs = jax_call(tensors, flat.exported_name()) if exporting else function.apply(flat, *tensors)
     ran = RAN.structures.pop(flat, None)  # where it ran, it has said what it returned
     return list(outs), (ran or shaped(flat, tensors).structure).value
 

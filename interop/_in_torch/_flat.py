@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from interop._abstract import Aval, Outputs, infer_jax
-from interop._derive import Axes, Flat, FlatFn, Mask, Static, fill, pick
+from interop._derive import Axes, Flat, FlatFn, Mask, Static, fill, join, pick
 from interop._errors import AbstractEvalError, UnsupportedError
 from interop._in_torch._effects import record, replay
 from interop._leaf import copy_tensor
@@ -122,10 +122,8 @@ class JaxFlat(Flat):
         self.jitted = jax.jit(self._traced) if self.levels.jit else self._run
         self.name_of_op = FLATS.add(self)
 
-    def name_for(self, *, exported: bool) -> str:
-        """The name that the op calls it by, in a graph that stays in this process or in one that leaves it."""
-        if not exported:
-            return self.name_of_op
+    def exported_name(self) -> str:
+        """The name that the op calls it by in a graph that leaves this process."""
         if self.located is None or self.derived_by is None:
             raise UnsupportedError("a gradient that was captured can't be exported", hint="Export the function itself")
         name = json.dumps({"function": self.located(), "derived": self.derived_by})
@@ -189,8 +187,7 @@ class JaxFlat(Flat):
         with jax.enable_x64(self.x64):
             some, pull, others = jax.vjp(parts, *pick(leaves, active), has_aux=True)
             ((inexact, structure),) = found
-            outs = fill(fill((None,) * len(inexact), inexact, some), tuple(not m for m in inexact), others)
-            outs = tuple(map(owned, outs))
+            outs = tuple(map(owned, join(inexact, some, others)))
 
         def pulled(*cotangents: Any) -> Leaves:
             with jax.enable_x64(self.x64):

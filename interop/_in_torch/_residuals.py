@@ -16,7 +16,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 
-from interop._derive import NOTHING, FlatFn, Mask, Static, fill, pick
+from interop._derive import NOTHING, FlatFn, Mask, Static, fill, join, pick
 from interop._in_torch._effects import Effectful, program_of
 from interop._in_torch._flat import JaxFlat
 from interop._private import jax as jax_private
@@ -106,10 +106,11 @@ def _residual_forward(flat: JaxFlat, active: Mask) -> FlatFn:
             outs = tuple(jax_private.inlined(program, fill(leaves, active, primals)))
             return pick(outs, inexact), pick(outs, others_too)  # the others leave as aux: no float0 anywhere
 
-        some, pull, others = _pulled_back(inexact_part, program, pick(leaves, active))
-        outs = fill(fill((None,) * len(inexact), inexact, some), others_too, others)
+        cost = _cost(program.jaxpr)
+        some, pull, others = _pulled_back(inexact_part, cost, pick(leaves, active))
+        outs = join(inexact, some, others)
         residuals, saved, pulled, reached = _described(pull, leaves, outs, some, sum(active))
-        scaled = _is_pulled_at_once(program, some, pick(leaves, active))
+        scaled = cost <= _AT_ONCE and _is_pulled_at_once(program, some, pick(leaves, active))
         if scaled:
             of = {"input": leaves, "output": outs, "residual": residuals}
             grads = pulled(tuple(of[origin][i] for origin, i in saved), (jnp.ones_like(some[0]),))
@@ -149,12 +150,11 @@ _LOOPS = frozenset({"scan", "while"})
 _UNKNOWN = 1e9  # a factorisation, a sort, a callback: kept, whatever it costs
 
 
-def _pulled_back(part: Callable[..., Any], program: Any, primals: Leaves) -> tuple[Leaves, Any, Leaves]:
+def _pulled_back(part: Callable[..., Any], cost: float, primals: Leaves) -> tuple[Leaves, Any, Leaves]:
     """`jax.vjp`, with as few residuals as are worth their price.
 
     A loop is never run again.
     """
-    cost = _cost(program.jaxpr)
     if cost < math.inf:
         nothing = jax.checkpoint_policies.nothing_saveable
         try:
@@ -215,7 +215,7 @@ def _is_pulled_at_once(program: Any, some: Leaves, primals: Leaves) -> bool:
     They are its pull-back of 1, and the pull-back of any cotangent is a multiple of them: not where a rule of the
     user's may be none, and not in 16 bits, where a loss is scaled because its gradients would underflow.
     """
-    if len(some) != 1 or some[0].shape or _cost(program.jaxpr) > _AT_ONCE:
+    if len(some) != 1 or some[0].shape:
         return False
     dtypes = {x.dtype for x in (*some, *primals)}
     return len(dtypes) == 1 and dtypes <= _WIDE and jax_private.is_linear_in_cotangents(program.jaxpr)
