@@ -297,16 +297,14 @@ class _Unjitted(torch.autograd.Function):
 
 def _scaled(flat: JaxFlat, plan: Plan, gradients: Sequence[jax.Array], cotangents: Sequence[Any]) -> tuple[Any, ...]:
     """Gradients that came with the value, times the one cotangent; None first, for what is no leaf."""
-    (cotangent,), rest = pick(tuple(cotangents), plan.inexact), iter(gradients)
+    cotangent = cotangents[0] if plan.count == 1 else pick(tuple(cotangents), plan.inexact)[0]
     if type(cotangent) not in PLAIN and not torch_private.is_traced(cotangent):
         try:
             resolve(cotangent)
         except InteropError as error:
             raise flat.locate(error)  # noqa: B904 - the same error; no frame above knows the function
-    reached = iter(plan.reached[0])
     return None, *[
-        _from_capsule(_capsule_of(next(rest))) * cotangent if active and next(reached) else None
-        for active in plan.active
+        None if i is None else _from_capsule(_capsule_of(gradients[i])) * cotangent for i in plan.gradients
     ]
 
 

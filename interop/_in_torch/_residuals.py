@@ -7,6 +7,7 @@ that *is* an input or an output is left to torch, whose version counter then gua
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -35,7 +36,8 @@ class Plan:
         rough: the outputs that have no derivative in any active input.
         guarded: of what is saved, what is an input or an output.
         reached: for each output that is inexact, the active inputs that its cotangent reaches.
-        scaled: whether what is saved are the gradients themselves, to be multiplied by the cotangent.
+        scaled: whether what is saved are the gradients themselves, to be multiplied by the one cotangent; for each
+            input then, which of them is its own.
         pull: `(saved, cotangents)` to the cotangents of the active primals, under a trace.
     """
 
@@ -56,6 +58,9 @@ class Plan:
         smooth = iter(map(any, self.reached))
         self.rough = [i for i, inexact in enumerate(self.inexact) if not (inexact and next(smooth))]
         self.guarded = tuple(place for place in self.saved if place[0] != "residual")
+        if self.scaled:
+            order, reached = itertools.count(), iter(self.reached[0])
+            self.gradients = tuple(next(order) if active and next(reached) else None for active in self.active)
 
     def reach(self, need: Mask, present: Mask) -> Mask:
         """Those of the inputs under `need` that a cotangent under `present` reaches: the others have no gradient."""
