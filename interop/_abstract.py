@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,8 +12,8 @@ import numpy as np
 import torch
 
 from interop._derive import Flat, Static
-from interop._errors import AbstractEvalError, InteropError, OutputMismatchError
-from interop._leaf import NUMPY_OF, TORCH_OF, describe
+from interop._errors import AbstractEvalError, OutputMismatchError
+from interop._leaf import NUMPY_OF, TORCH_OF, WIDE_INTS, describe, narrow
 from interop._private import torch as torch_private
 
 
@@ -67,18 +68,26 @@ def infer_torch(flat: Flat, avals: Sequence[Aval]) -> Outputs:
     watch = torch_private.RandomnessWatch()
     try:
         # In anomaly mode a derivative would look at values.
-        with torch_private.fake_mode(), watch, torch.no_grad(), torch.autograd.set_detect_anomaly(mode=False):
-            fakes = [torch.empty(aval.shape, dtype=TORCH_OF[aval.dtype]) for aval in avals]
+        with torch_private.fake_mode(), watch, torch.autograd.set_detect_anomaly(mode=False):
+            fakes = [torch.empty(aval.shape, dtype=TORCH_OF[aval.dtype], device="cpu") for aval in avals]
             outs, structure = flat.fn(*fakes)
             found = tuple(Aval(tuple(out.shape), NUMPY_OF[out.dtype]) for out in outs)
-    except InteropError:
-        raise
-    except torch_private.NEEDS_VALUES as error:
+    except Exception as error:
+        if not torch_private.needs_values(error):
+            raise
         raise AbstractEvalError(
             f"the output shapes can't be inferred ({type(error).__name__}: {str(error).splitlines()[0]})",
             hint="Declare them: @jittable(example_output=...)",
         ) from error
     return Outputs(found, structure, watch.seen)
+
+
+def narrowed(results: Sequence[Any], promised: Sequence[Aval]) -> tuple[Any, ...]:
+    """The results, with 64-bit integers of torch in 32 bits where those were promised; raises if one does not fit."""
+    return tuple(
+        narrow(r) if p is not None and r.dtype in WIDE_INTS and p.dtype.itemsize == 4 else r
+        for r, p in itertools.zip_longest(results, promised[: len(results)])
+    )
 
 
 def check_promise(results: Sequence[Any], promised: Sequence[Aval], name: str) -> None:

@@ -37,9 +37,9 @@ from interop._leaf import (
 )
 from interop._located import dump_spec, find, load_spec, locate, look_up
 from interop._marshal import SINGLE_TENSOR, Kind, Marshaller, Spec, Tree, find_closed_over, flatten
-from interop._module import ModuleFunction
+from interop._module import ClosedOver, ModuleFunction
 from interop._side import JAX, TORCH, Leaf, Leaves, Side
-from interop._signature import signature_of, translate_signature
+from interop._signature import signature_of, translate_signature, with_key
 
 is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
@@ -68,6 +68,8 @@ class Record:
     example_output: Any = None
     jit: bool = True
     vmap: str = "auto"
+    rng: str | None = None
+    mutable: bool = False
     signature: Any = None
 
     @property
@@ -82,7 +84,10 @@ class Record:
     def function(self) -> Callable[..., Any]:
         """The function that a call runs: a torch module is one of its parameters."""
         if self.host is JAX and isinstance(self.fn, torch.nn.Module):
-            return ModuleFunction(self.fn)
+            return ModuleFunction(self.fn, mutable=self.mutable)
+        if self.mutable:
+            error = OptionError("mutable=True: only a module has buffers", expected="an nn.Module")
+            raise _located(error, self.name)
         return self.fn
 
     @property
@@ -107,6 +112,7 @@ class Entry:
         # In JAX a Python number is data of the call, given as it is. In torch it is dynamic until a trace needs its
         # value.
         self.bakes_numbers = self.host is JAX
+        self.rng = record.rng
         self.token = _compiled.register(self)
         _check_argnames(record, self.marshaller.signature)
 
@@ -120,19 +126,28 @@ class Entry:
         spec: Spec | None = None
         leaves: list[Leaf] = []
         try:
+            key = [] if self.rng is None else self._key(kwargs)
             leaves, spec = self.flatten_call(args, kwargs)
             flat = spec.memo.get("direct")
-            return self._call(leaves, spec) if flat is None else self.engine_call(flat, leaves)
+            if flat is None or key:
+                return self._call(leaves, spec, key)
+            return self.engine_call(flat, leaves)
         except InteropError as error:
             raise _located(error, self.record.name, spec) from error.__cause__
         except OverflowError as error:
             raise self._number_too_large(leaves, spec, error) from None
 
-    def _call(self, leaves: list[Leaf], spec: Spec) -> Any:
-        """A call whose leaves may need converting, and whose numbers may have to be constants."""
+    def _key(self, kwargs: dict[str, Any]) -> list[Leaf]:
+        """The data of the key among the arguments, which is taken out of them."""
+        if self.rng not in kwargs:
+            raise TypeError(f"{self.record.name}() missing 1 required keyword-only argument: '{self.rng}'")
+        return [key_data(kwargs.pop(self.rng), self.rng)]
+
+    def _call(self, leaves: list[Leaf], spec: Spec, key: list[Leaf]) -> Any:
+        """A call with a key, with leaves that need converting, or with numbers that have to be constants."""
         kinds = set(spec.kinds)
         impls: tuple[str | None, ...] = ()
-        if kinds <= {self.own}:
+        if kinds <= {self.own} and not key:
             flat = spec.memo["direct"] = self.flat(spec)
             return self.engine_call(flat, leaves)
         if not kinds <= {self.own, Kind.NUMBER}:
@@ -140,11 +155,11 @@ class Entry:
         if Kind.NUMBER not in kinds or not self.bakes_numbers:
             flat = _bounded(spec.memo, ("flat", impls), lambda: self.flat(spec, impls=impls))
             try:
-                return self.engine_call(flat, leaves)
+                return self.engine_call(flat, [*leaves, *key])
             except (TypeError, ValueError, IndexError) as error:
                 if Kind.NUMBER not in kinds or not _needs_value(error):
                     raise
-        result = self._call_baked(leaves, spec, impls)
+        result = self._call_baked(leaves, spec, impls, key)
         self.bakes_numbers = True  # remembered because it helped: any other error is the user's
         return result
 
@@ -154,13 +169,13 @@ class Entry:
         impls = tuple(str(jax.random.key_impl(leaf)) if kind is Kind.KEY else None for leaf, kind in pairs)
         return [_given(self.host, leaf, kind, index) for index, (leaf, kind) in enumerate(pairs)], impls
 
-    def _call_baked(self, leaves: list[Leaf], spec: Spec, impls: tuple[str | None, ...]) -> Any:
+    def _call_baked(self, leaves: list[Leaf], spec: Spec, impls: tuple[str | None, ...], key: list[Leaf]) -> Any:
         """A call whose Python numbers are constants of the flat function."""
         pairs = list(zip(leaves, spec.kinds, strict=True))
         numbers = tuple(_concrete(leaf) for leaf, kind in pairs if kind is Kind.NUMBER)
         rest = [leaf for leaf, kind in pairs if kind is not Kind.NUMBER]
-        key = ("baked", tuple((type(n), repr(n)) for n in numbers), impls)
-        return self.engine_call(_bounded(spec.memo, key, lambda: self.flat(spec, numbers, impls)), rest)
+        memo = ("baked", tuple((type(n), repr(n)) for n in numbers), impls)
+        return self.engine_call(_bounded(spec.memo, memo, lambda: self.flat(spec, numbers, impls)), [*rest, *key])
 
     def _number_too_large(self, leaves: list[Leaf], spec: Any, error: OverflowError) -> OverflowError:
         """JAX's refusal of a Python integer in the words of the library; any other error is the user's."""
@@ -203,7 +218,9 @@ class Entry:
         lost = functools.partial(find_closed_over, function, _would_be_lost)
         known = (guest, fn, record.name, levels, nondiff, lambda i: spec.path(dynamic[i]), lost)
         if guest is TORCH:
-            return _in_jax.TorchFlat(*known)
+            modes = function.training if isinstance(function, ModuleFunction) else ClosedOver(function)
+            flat = _in_jax.TorchFlat(*known, modes=modes)
+            return flat if record.rng is None else _in_jax.keyed(flat, len(dynamic), f"argument {record.rng}")
         return _in_torch.JaxFlat(*known, located=functools.partial(_located_call, record, spec, numbers, impls))
 
 
@@ -322,6 +339,19 @@ def _array_given(leaf: Leaf, kind: Kind) -> Any:
     return tensor_to_array(leaf.detach().clone(), x64=x64_enabled())
 
 
+def key_data(key: Any, name: str) -> Any:
+    """The data of a key of JAX, typed or raw."""
+    if isinstance(key, jax.Array):
+        if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+            key = jax.random.key_data(key)
+        if key.dtype == np.uint32 and key.ndim == 1:
+            return key
+    error = LeafError("it is no key of JAX", got=describe(key) if hasattr(key, "dtype") else type(key).__name__,
+                      expected="jax.random.key(seed), or its data")  # fmt: skip
+    error.argument = f"argument {name}"
+    raise error
+
+
 def _result(guest: Side, out: Leaf, kind: Kind, tree: Tree, index: int) -> Leaf:
     """A leaf of a result as a leaf of the guest, of a dtype that can cross."""
     try:
@@ -428,6 +458,8 @@ class _Signed(_Identity):
         if record.signature is not None:
             return inspect.signature(record.signature)
         signature = signature_of(record.function)
+        if record.rng is not None:
+            signature = with_key(signature, record.rng)
         return translate_signature(signature, record.host) if record.host else signature
 
     @property

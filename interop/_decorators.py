@@ -10,7 +10,7 @@ import torch
 from typing_extensions import ParamSpec
 
 from interop._crossing import refine
-from interop._errors import OptionError, UnsupportedError
+from interop._errors import OptionError
 from interop._side import JAX, TORCH
 
 P = ParamSpec("P")
@@ -129,12 +129,23 @@ def as_jax(
 
     Python numbers are given as they are. A tensor among the arguments passes through, copied.
 
+    A function that draws random numbers from torch's generator does so at each call; in a compiled program it is an
+    effect, which is never merged with its twin, and never left out. The backward sees the numbers of the forward.
+    JAX admits no such effect in `checkpoint` and in rules of `custom_vjp` and `custom_jvp`: use `rng`.
+
+    A module is a function of its parameters: `as_jax(module)(params, *args)`, with `params` a mapping by name, and
+    buffers in it if they are given. The module itself is never touched. Whether it trains is read at each trace, with
+    the modes of torch; what a function reads from a closure is read at the latest when its gradient is traced.
+
     Args:
         fn: a function of tensors, or anything callable; without it, the decorator with these options.
         static_argnames: arguments that are static whatever they are.
-        rng: not supported yet.
+        rng: the name of a keyword that the crossing then takes, a key of JAX (typed, or its data). torch's generator is
+            seeded from it around the call, and put back: the function is pure, and draws the same in forward and
+            backward, eagerly and compiled. Over a batch, each example draws as it would alone.
         vmap: "auto" batches by `torch.func.vmap`, and by a loop where torch has no rule; "sequential" always loops.
-        mutable: not supported yet.
+        mutable: of a module: it returns `(out, buffers)`, with all its buffers by name as it left them. It starts from
+            those in the mapping of parameters, else from its own, which are never written to.
         signature: a stub whose signature is shown, and checked statically, instead of the translated one.
 
     Returns:
@@ -146,14 +157,20 @@ def as_jax(
         ContainerError: an argument hides an array in an object that can't be opened.
         NotDifferentiableError: a derivative, without `differentiable`.
         NotJittableError: a compiled program, without `jittable`.
+        UnsupportedError: a module would update its buffers, without `mutable`; random numbers where each run of a
+            function has to draw the same.
         AbstractEvalError: under a trace, the output shapes can't be inferred: declare `example_output`.
     """
     if vmap not in ("auto", "sequential"):
         raise OptionError(f"vmap={vmap!r}", expected="'auto' or 'sequential'")
-    for name, given in (("rng", rng), ("mutable", mutable)):
-        if given:
-            raise UnsupportedError(f"as_jax({name}=) is not there yet")
-    options = {"host": JAX, "static_argnames": _names(static_argnames), "vmap": vmap, "signature": signature}
+    options = {
+        "host": JAX,
+        "static_argnames": _names(static_argnames),
+        "rng": rng,
+        "vmap": vmap,
+        "mutable": mutable,
+        "signature": signature,
+    }
     return _decorate(fn, options)
 
 

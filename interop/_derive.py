@@ -180,7 +180,7 @@ def derive_vjp(flat: Flat, nonzero: Mask, present: Mask) -> FlatFn:
     return vjp
 
 
-def derive_vmap(flat: Flat, in_axes: Axes) -> FlatFn:
+def derive_vmap(flat: Flat, in_axes: Axes, vmap: Callable[..., Any] | None = None) -> FlatFn:
     """The function over a batch. Its structure is that of one example: the batch is in the leaves alone."""
 
     def vmapped(*leaves: Leaf) -> tuple[Leaves, Static]:
@@ -191,6 +191,6 @@ def derive_vmap(flat: Flat, in_axes: Axes) -> FlatFn:
             structure[:] = [static]
             return outs
 
-        return tuple(flat.side.vmap(one, in_axes)(*leaves)), structure[0]
+        return tuple((vmap or flat.side.vmap)(one, in_axes)(*leaves)), structure[0]
 
     return vmapped

@@ -61,7 +61,7 @@ _NARROW = {
     np.dtype(np.float64): np.dtype(np.float32),
     np.dtype(np.complex128): np.dtype(np.complex64),
 }
-_WIDE_INTS = {torch.int64: torch.int32, torch.uint64: torch.uint32}
+WIDE_INTS = {torch.int64: torch.int32, torch.uint64: torch.uint32}
 _config: Any = jax.config
 
 WIDE_FLOATS = frozenset({torch.float64, torch.complex128})
@@ -298,7 +298,7 @@ def _dense(t: torch.Tensor, *, x64: bool) -> torch.Tensor:
 
     Unaligned memory is copied here: JAX would copy it too, but only after the call has returned.
     """
-    if t.dtype in _WIDE_INTS and not x64:
+    if t.dtype in WIDE_INTS and not x64:
         t = narrow(t)
     t = t.contiguous()
     return t.clone() if t.data_ptr() & 63 else t
@@ -306,7 +306,7 @@ def _dense(t: torch.Tensor, *, x64: bool) -> torch.Tensor:
 
 def narrow(t: torch.Tensor) -> torch.Tensor:
     """A 64-bit integer tensor in 32 bits; raises `NarrowingError` if a value does not fit."""
-    target = _WIDE_INTS[t.dtype]
+    target = WIDE_INTS[t.dtype]
     small = t.to(target)
     lost = (small.to(t.dtype) != t).flatten()
     if lost.any():
@@ -336,7 +336,7 @@ def share_tensor(t: torch.Tensor, *, copy: bool = False) -> jax.Array:
             f"{describe(t)} is narrowed to 32 bits: JAX keeps 64 only with jax_enable_x64", UserWarning, stacklevel=4
         )
         t = t.to(torch.float32 if t.dtype is torch.float64 else torch.complex64)
-    elif t.dtype in _WIDE_INTS and not x64:
+    elif t.dtype in WIDE_INTS and not x64:
         t = narrow(t)
     elif copy or t.data_ptr() & 63:
         t = t.clone()

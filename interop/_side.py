@@ -60,6 +60,12 @@ def _torch_vjp(fn: LeavesFn, *primals: Leaf) -> tuple[Leaves, Callable[[Leaves],
     return outs, pull_with_graph
 
 
+def _torch_jvp(fn: LeavesFn, primals: Leaves, tangents: Leaves) -> tuple[Leaves, Leaves]:
+    outs, moved = _func.jvp(fn, primals, tangents)
+    # A number of Python beside a tensor without axes makes torch's tangent wider than its value.
+    return outs, tuple(t.to(out.dtype) for t, out in zip(moved, outs, strict=True))
+
+
 def _torch_vmap(fn: LeavesFn, in_axes: tuple[int | None, ...]) -> LeavesFn:
     return torch.func.vmap(fn, in_dims=in_axes, randomness="different")
 
@@ -73,7 +79,7 @@ TORCH = Side(
     is_complex=torch.is_complex,
     conj=torch.conj_physical,
     zeros_like=torch.zeros_like,
-    jvp=_func.jvp,
+    jvp=_torch_jvp,
     vjp=_torch_vjp,
     vmap=_torch_vmap,
 )

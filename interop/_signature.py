@@ -92,3 +92,11 @@ def _translate(annotation: Any, *, old: type, new: type) -> Any:
     if origin is typing.Annotated:
         return typing.Annotated[(translated[0], *annotation.__metadata__)]
     return annotation.copy_with(translated) if hasattr(annotation, "copy_with") else origin[translated]
+
+
+def with_key(signature: inspect.Signature, name: str) -> inspect.Signature:
+    """The signature with one more keyword, required."""
+    parameters = list(signature.parameters.values())
+    at = len(parameters) - any(p.kind is p.VAR_KEYWORD for p in parameters)
+    parameters.insert(at, inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=jax.Array))
+    return signature.replace(parameters=parameters)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 import torch
 
-from interop import UnsupportedError, as_jax, as_torch, differentiable, jittable
+from interop import as_torch, differentiable, jittable
 from test_transforms import GAPS
 from test_transforms import __file__ as TRANSFORMS
 
@@ -53,16 +53,6 @@ def test_every_block_of_the_readme_prints_what_it_says(
 def test_the_readme_names_targets_that_exist() -> None:
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"\bmake ([a-z]+)\b(?= {2,}#|`)", README.read_text())) <= targets
-
-
-@pytest.mark.parametrize(
-    "ask",
-    [lambda: as_jax(abs, rng="key"), lambda: as_jax(abs, mutable=True)],
-    ids=["rng", "mutable"],
-)
-def test_what_is_not_there_yet_says_so(ask) -> None:
-    with pytest.raises(UnsupportedError, match="not there yet"):
-        ask()
 
 
 # --- the table of what works ------------------------------------------------------------------------------------------

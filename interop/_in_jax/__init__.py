@@ -2,3 +2,4 @@
 
 from interop._in_jax._engine import call as call
 from interop._in_jax._flat import TorchFlat as TorchFlat
+from interop._in_jax._flat import keyed as keyed

@@ -7,8 +7,10 @@ are the residuals.
 
 from __future__ import annotations
 
+import functools
 import logging
 import operator
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +21,9 @@ import torch.utils._pytree as torch_pytree
 
 from interop._abstract import Aval
 from interop._derive import NOTHING, Levels, Mask, Static
+from interop._errors import InteropError
 from interop._in_jax._flat import TorchFlat
+from interop._in_jax._random import seeding
 from interop._leaf import TORCH_OF, WIDE_FLOATS, jax_dtype, x64_enabled
 from interop._private import torch as torch_private
 from interop._side import TORCH, Leaf, Leaves
@@ -40,6 +44,8 @@ class Capture:
         saved: where each saved value is found: ("input", i), ("output", i) or ("residual", i).
         residuals: the avals of the new residuals.
         inputs: the number of primals.
+        inexact: the avals of the outputs that have a derivative.
+        draws: whether the forward draws random numbers, so that running it again would not give the same.
     """
 
     forward: TorchFlat
@@ -48,50 +54,84 @@ class Capture:
     saved: tuple[tuple[str, int], ...]
     residuals: tuple[Aval, ...]
     inputs: int
+    inexact: tuple[Aval, ...]
+    draws: bool
 
     def find(self, primals: Sequence[Any], results: Sequence[Any]) -> list[Any]:
         """The saved values, from the primals and what the forward returned."""
         of = {"input": primals, "output": results[: self.count], "residual": results[self.count :]}
         return [of[origin][i] for origin, i in self.saved]
 
-    def vmap(self, size: int, inexact: int) -> Capture:
+    @functools.cached_property
+    def push(self) -> TorchFlat:
+        """`(*saved, *tangents of the active primals)` to those of the inexact outputs, without running the forward.
+
+        It is the transpose of the backward, which is linear in its cotangents.
+        """
+        count = len(self.saved)
+
+        def push(*leaves: Leaf) -> tuple[Leaves, Static]:
+            saved, tangents = leaves[:count], leaves[count:]
+            zeros = [torch.zeros(a.shape, dtype=TORCH_OF[a.dtype], device=tangents[0].device) for a in self.inexact]
+            _, pull = TORCH.vjp(lambda *cotangents: self.backward.leaves(*saved, *cotangents), *zeros)
+            return tuple(map(TORCH.conjugated, pull(tuple(map(TORCH.conjugated, tangents))))), NOTHING
+
+        return replace(self.backward, fn=push, memos={})
+
+    def vmap(self, size: int) -> Capture:
         """The same over a batch that is the first axis of everything."""
         return self.forward.memo(("capture", self, size), lambda: replace(
             self,
             forward=self.forward.vmap((0,) * self.inputs),
-            backward=self.backward.vmap((0,) * (len(self.saved) + inexact)),
+            backward=self.backward.vmap((0,) * (len(self.saved) + len(self.inexact))),
             residuals=tuple(Aval((size, *aval.shape), aval.dtype) for aval in self.residuals),
+            inexact=tuple(Aval((size, *aval.shape), aval.dtype) for aval in self.inexact),
         ))  # fmt: skip
 
 
 def capture(flat: TorchFlat, avals: tuple[Aval, ...], active: Mask) -> Capture | None:
     """The captured gradient with respect to the active inputs; None where it has to be recomputed."""
-    found: list[Capture | None] = flat.memo(
-        ("capture", avals, active, x64_enabled()), lambda: [_try_capture(flat, avals, active)]
-    )
+    key = ("capture", avals, active, flat.surroundings())
+    found: list[Capture | None] = flat.memo(key, lambda: [_try_capture(flat, avals, active)])
     return found[0]
 
 
 def _try_capture(flat: TorchFlat, avals: tuple[Aval, ...], active: Mask) -> Capture | None:
     try:
         # In inference mode nothing is recorded, and every gradient would be zero; anomaly mode looks at values.
-        with torch.inference_mode(mode=False), torch.autograd.set_detect_anomaly(mode=False):
+        anomalies = torch.autograd.set_detect_anomaly(mode=False)
+        with torch.inference_mode(mode=False), anomalies, torch_private.everything_is_saved():
             return _capture(flat, avals, active)
-    except Exception as error:  # noqa: BLE001 - whatever a tracer meets; the recomputed gradient is right all the same
+    except Exception as error:
+        if flat.levels.example_output is None and _is_of_the_user(error):
+            raise
         _log.debug("%s: gradient recomputed, not captured (%s: %s)", flat.name, type(error).__name__, error)
         return None
 
 
+def _is_of_the_user(error: BaseException) -> bool:
+    """Whether it was raised by a line of the user's: what a tracer raises comes from torch, or from here."""
+    if isinstance(error, InteropError):
+        return True
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    module = str(frame.f_globals.get("__name__", ""))
+    return module.partition(".")[0] not in ("torch", "interop", "sympy")
+
+
 def _capture(flat: TorchFlat, avals: tuple[Aval, ...], active: Mask) -> Capture:
+    if flat.key is not None and len(avals[flat.key].shape) > 1:
+        raise TypeError("each example of a batch is seeded from a key of its own")
     outputs = flat.outputs(avals).avals
     inexact = [aval for aval in outputs if aval.dtype.kind in "fcV"]
     graph = torch_private.trace(
         _joint(flat, active),
-        [torch.empty(a.shape, dtype=TORCH_OF[a.dtype], requires_grad=r) for a, r in zip(avals, active, strict=True)],
-        [torch.empty(a.shape, dtype=TORCH_OF[a.dtype]) for a in inexact],
+        [
+            torch.empty(a.shape, dtype=TORCH_OF[a.dtype], requires_grad=r, device="cpu")
+            for a, r in zip(avals, active, strict=True)
+        ],
+        [torch.empty(a.shape, dtype=TORCH_OF[a.dtype], device="cpu") for a in inexact],
     )
-    wanted = [aval for aval, a in zip(avals, active, strict=True) if a]
-    return _Cut(graph, flat, len(avals), len(outputs), wanted).capture()
+    return _Cut(graph, flat, avals, active, outputs).capture()
 
 
 def _joint(flat: TorchFlat, active: Mask) -> Callable[..., tuple[Any, Any]]:
@@ -112,10 +152,18 @@ def _joint(flat: TorchFlat, active: Mask) -> Callable[..., tuple[Any, Any]]:
     return joint
 
 
+# These write to running statistics, and their schemas don't say so.
+_STATISTICS = frozenset(
+    {_ATEN.native_batch_norm.default, _ATEN.cudnn_batch_norm.default, _ATEN.miopen_batch_norm.default}
+)
+
+
 def _drop_copies(module: torch.fx.GraphModule) -> None:
-    """Nothing is written to in the graph any more: a copy of an input is the input."""
+    """Nothing is written to in the graph any more: a copy of an input or a constant is that itself."""
     for node in module.graph.find_nodes(op="call_function", target=_ATEN.clone.default):
-        if node.args[0].op == "placeholder":
+        if node.args[0].op in ("placeholder", "get_attr") and not any(
+            user.target in _STATISTICS for user in node.users
+        ):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
 
@@ -124,18 +172,23 @@ class _Cut:
     """A joint graph cut into a forward and a backward."""
 
     def __init__(
-        self, module: torch.fx.GraphModule, flat: TorchFlat, inputs: int, outputs: int, wanted: Sequence[Aval]
+        self,
+        module: torch.fx.GraphModule,
+        flat: TorchFlat,
+        avals: Sequence[Aval],
+        active: Mask,
+        outputs: Sequence[Aval],
     ) -> None:
         _drop_copies(module)
-        if any("mkldnn" in str(node.target) for node in module.graph.nodes):
-            raise TypeError("a fused kernel keeps a workspace that has no value outside autograd")
-        self.module, self.flat, self.count, self.wanted = module, flat, outputs, wanted
+        self.module, self.flat, self.avals, self.count = module, flat, avals, len(outputs)
+        self.wanted = [aval for aval, a in zip(avals, active, strict=True) if a]
+        self.inexact = tuple(aval for aval in outputs if aval.dtype.kind in "fcV")
         nodes = list(module.graph.nodes)
         places = [node for node in nodes if node.op == "placeholder"]
-        self.primals, self.cotangents = places[:inputs], places[inputs:]
+        self.primals, self.cotangents = places[: len(avals)], places[len(avals) :]
         results = list(next(node for node in nodes if node.op == "output").args[0])
         flattened, _ = torch_pytree.tree_flatten(results, is_leaf=lambda x: x is None)
-        self.outs, self.grads = flattened[:outputs], flattened[outputs:]
+        self.outs, self.grads = flattened[: self.count], flattened[self.count :]
         self.forward_nodes = self._ancestors(self.outs)
         self.backward_nodes = self._ancestors(self.grads) - self.forward_nodes
         self._pull_up_items(nodes)
@@ -170,21 +223,38 @@ class _Cut:
             else ("residual", new.index(n))
             for n in between
         ]  # fmt: skip
-        values = [n.meta["val"] for n in new]
+        if any(_is_random(n) for n in self.backward_nodes):
+            raise TypeError("the gradient draws random numbers")
+        forward = self._graph(self.primals, [*self.outs, *new], self.forward_nodes)
+        values = self._residual_values(forward, new)
         if any(v.dtype in WIDE_FLOATS for v in values) and not x64_enabled():
             raise TypeError("a residual is a 64-bit float")
-        forward = self._graph(self.primals, [*self.outs, *new], self.forward_nodes)
         backward = self._graph([*between, *self.cotangents], self.grads, self.backward_nodes)
         avals = tuple(Aval(tuple(v.shape), jax_dtype(v.dtype, x64=x64_enabled())) for v in values)
-        dtypes = [n.meta["val"].dtype for n in between]
+        real = dict(zip(new, values, strict=True))
+        dtypes = [(real[n] if n in real else n.meta["val"]).dtype for n in between]
+        key = self.flat.key
         return Capture(
-            self._flat(lambda *xs: tuple(forward(*xs)), "forward"),
+            self._flat(forward if key is None else _seeded(forward, key), "forward", key),
             self._flat(_restoring(backward, dtypes, self.wanted), "backward"),
             self.count,
             tuple(origins),
             avals,
             len(self.primals),
+            self.inexact,
+            key is None and any(map(_is_random, self.forward_nodes)),
         )
+
+    def _residual_values(self, forward: Callable[..., Any], new: Sequence[Any]) -> Sequence[torch.Tensor]:
+        """Tensors like the residuals: fake ones, or those of a trial, for kernels that keep more than they say."""
+        values = [n.meta["val"] for n in new]
+        if any(not isinstance(size, int) for v in values for size in v.shape):
+            raise TypeError("the shape of a residual depends on values")
+        if any("mkldnn" in str(n.target) or _is_narrow(n) for n in self.forward_nodes):
+            zeros = [torch.zeros(a.shape, dtype=TORCH_OF[a.dtype], device="cpu") for a in self.avals]
+            with torch.no_grad():
+                values = list(forward(*zeros))[self.count :]
+        return values
 
     def _graph(self, inputs: Sequence[Any], outputs: Sequence[Any], nodes: set[Any]) -> Callable[..., Any]:
         graph = torch.fx.Graph()
@@ -204,11 +274,29 @@ class _Cut:
         graph.eliminate_dead_code()
         return torch.fx.GraphModule(self.module, graph).forward
 
-    def _flat(self, fn: Callable[..., Leaves], kind: str) -> TorchFlat:
+    def _flat(self, fn: Callable[..., Any], kind: str, key: int | None = None) -> TorchFlat:
         def flat_fn(*leaves: Leaf) -> tuple[Leaves, Static]:
-            return fn(*leaves), NOTHING
+            return tuple(fn(*leaves)), NOTHING
 
-        return TorchFlat(TORCH, flat_fn, f"{self.flat.name}.{kind}", Levels(differentiable=True, jittable=True))
+        levels = Levels(differentiable=True, jittable=True)
+        return TorchFlat(TORCH, flat_fn, f"{self.flat.name}.{kind}", levels, key=key)
+
+
+def _is_random(node: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _is_narrow(node: Any) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.element_size() < 4
+
+
+def _seeded(forward: Callable[..., Any], key: int) -> Callable[..., Any]:
+    def seeded_forward(*leaves: Leaf) -> Any:
+        with seeding(leaves[key]):
+            return forward(*leaves)
+
+    return seeded_forward
 
 
 def _restoring(

@@ -13,6 +13,7 @@ by recomputing where neither is to be had. Higher orders are always derived from
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -24,12 +25,14 @@ import torch
 from jax.experimental.buffer_callback import buffer_callback
 from jax.interpreters import ad, batching, mlir
 
-from interop._abstract import Aval, aval_of
+from interop._abstract import Aval, Outputs, aval_of
 from interop._derive import Mask, Static, fill, pick
 from interop._errors import NotDifferentiableError, NotJittableError, UnsupportedError
 from interop._in_jax import _live
+from interop._in_jax._callback import callback
 from interop._in_jax._capture import Capture, capture
-from interop._in_jax._flat import TorchFlat, callback, is_inexact, run, warn_gathered
+from interop._in_jax._flat import TorchFlat, is_inexact, run, warn_gathered
+from interop._in_jax._random import Draws, refused
 from interop._private import jax as jax_private
 from interop._side import Leaf
 
@@ -125,25 +128,33 @@ def _shaped(avals: Sequence[Aval], like: Sequence[Any]) -> list[Any]:
     return [jax_private.shaped_array(aval.shape, aval.dtype, tuple(like)) for aval in avals]
 
 
-def _call_avals(*ins: Any, flat: TorchFlat) -> list[Any]:
-    return _shaped(flat.pure_outputs(tuple(map(aval_of, ins))).avals, ins)
+_Avals: TypeAlias = "tuple[list[Any], frozenset[Any]]"  # with the effects
 
 
-def _forward_avals(*ins: Any, flat: TorchFlat, active: Mask, cut: Capture) -> list[Any]:
+def _call_avals(*ins: Any, flat: TorchFlat) -> _Avals:
+    outputs = flat.outputs(tuple(map(aval_of, ins)))
+    return _shaped(outputs.avals, ins), _effects(flat, outputs)
+
+
+def _forward_avals(*ins: Any, flat: TorchFlat, active: Mask, cut: Capture) -> _Avals:
     del active
-    return _shaped([*flat.outputs(tuple(map(aval_of, ins))).avals, *cut.residuals], ins)
+    outputs = flat.outputs(tuple(map(aval_of, ins)))
+    return _shaped([*outputs.avals, *cut.residuals], ins), _effects(flat, outputs)
 
 
-def _linear_avals(*ins: Any, flat: TorchFlat, active: Mask, source: Any) -> list[Any]:
-    primals = _split(ins, active, source)[1]
-    outs = flat.outputs(tuple(map(aval_of, primals))).avals
-    return _shaped([out for out in outs if is_inexact(out)], ins)
+def _linear_avals(*ins: Any, flat: TorchFlat, active: Mask, source: Any, outs: tuple[Aval, ...]) -> _Avals:
+    del flat, active, source
+    return _shaped([out for out in outs if is_inexact(out)], ins), frozenset()
 
 
-def _backward_avals(*ins: Any, flat: TorchFlat, active: Mask, cut: Capture) -> list[Any]:
+def _backward_avals(*ins: Any, flat: TorchFlat, active: Mask, cut: Capture) -> _Avals:
     del flat
     primals = ins[len(cut.saved) : len(cut.saved) + len(active)]
-    return _shaped([aval_of(x) for x in pick(tuple(primals), active)], ins)
+    return _shaped([aval_of(x) for x in pick(tuple(primals), active)], ins), frozenset()
+
+
+def _effects(flat: TorchFlat, outputs: Outputs) -> frozenset[Any]:
+    return frozenset({Draws(flat.name)}) if outputs.random else frozenset()
 
 
 def _split(operands: Sequence[Any], active: Mask, source: Any) -> tuple[list[Any], list[Any], list[Any]]:
@@ -172,9 +183,7 @@ def _linearized(flat: TorchFlat, primals: Sequence[Any], active: Mask, tangents:
         outs, structure, handle = _live.forward(flat, primals, active)
         _ran.structures[flat.origin or flat] = structure
         return outs, "live", [handle]
-    avals = tuple(map(aval_of, primals))
-    flat.pure_outputs(avals)
-    cut = capture(flat, avals, active)
+    cut = capture(flat, tuple(map(aval_of, primals)), active)
     if cut is None:
         return torch_call.bind(*primals, flat=flat), "recompute", []
     results = torch_forward.bind(*primals, flat=flat, active=active, cut=cut)
@@ -185,9 +194,19 @@ def _linear(
     flat: TorchFlat, outs: Sequence[Any], residuals: Any, primals: Any, tangents: Any, active: Mask, source: Any
 ) -> list[Any]:
     """The tangents of the outputs: those of the inexact ones through `torch_linear`, zero for the others."""
+    if source == "recompute":
+        _refuse_random(flat, primals)
     operands = jax_private.vary([*residuals, *primals, *tangents])
-    moved = iter(torch_linear.bind(*operands, flat=flat, active=active, source=source))
+    avals = tuple(map(aval_of, outs))
+    moved = iter(torch_linear.bind(*operands, flat=flat, active=active, source=source, outs=avals))
     return [next(moved) if is_inexact(out) else _Zero(jax.typeof(out).to_tangent_aval()) for out in outs]
+
+
+def _refuse_random(flat: TorchFlat, primals: Sequence[Any]) -> None:
+    """Raise for a function that draws random numbers where a derivative runs it again: it would draw others."""
+    traced = any(isinstance(p, _Tracer) for p in primals)
+    if traced and flat.outputs(tuple(map(aval_of, primals))).random:  # of values, the run itself will tell
+        raise refused(flat.name, "a derivative would run it again, and draw others")
 
 
 def _forward_jvp(primals: Any, tangents: Any, *, flat: TorchFlat, active: Mask, cut: Capture) -> Any:
@@ -200,13 +219,16 @@ def _forward_jvp(primals: Any, tangents: Any, *, flat: TorchFlat, active: Mask, 
     return results, [*moved, *(_Zero(jax.typeof(x).to_tangent_aval()) for x in kept)]
 
 
-def _linear_jvp(primals: Any, tangents: Any, *, flat: TorchFlat, active: Mask, source: Any) -> Any:
+def _linear_jvp(primals: Any, tangents: Any, *, flat: TorchFlat, active: Mask, source: Any, outs: Any) -> Any:
+    del outs
     _, points, directions = _split(primals, active, source)
     _, dpoints, ddirections = _split(tangents, active, source)
     return _call_jvp([*points, *directions], [*dpoints, *ddirections], flat=flat.jvp(active))
 
 
-def _linear_transpose(cotangents: Any, *operands: Any, flat: TorchFlat, active: Mask, source: Any) -> list[Any]:
+def _linear_transpose(
+    cotangents: Any, *operands: Any, flat: TorchFlat, active: Mask, source: Any, outs: tuple[Aval, ...]
+) -> list[Any]:
     residuals, primals, _ = _split(operands, active, source)
     present = tuple(type(c) is not _Zero for c in cotangents)
     given = [c for c in cotangents if type(c) is not _Zero]
@@ -217,22 +239,22 @@ def _linear_transpose(cotangents: Any, *operands: Any, flat: TorchFlat, active: 
         operands_ = jax_private.vary([*residuals, *primals, *dense])
         grads = torch_backward.bind(*operands_, flat=flat, active=active, cut=source)
     else:
-        grads = _transposed(flat, residuals, primals, given, active, present, source)
+        grads = _transposed(flat, residuals, primals, given, active, present, source, outs)
     return [None] * (len(operands) - len(grads)) + list(grads)
 
 
 def _transposed(
-    flat: TorchFlat, residuals: Any, primals: Any, given: Any, active: Mask, present: Mask, source: Any
+    flat: TorchFlat, residuals: Any, primals: Any, given: Any, active: Mask, present: Mask, source: Any, outs: Any
 ) -> Any:
     if source == "live" and not any(isinstance(x, _Tracer) for x in (*given, *residuals)):
         cotangents = fill((None,) * len(present), present, tuple(given))
         return _live.of(residuals[0]).pull(cotangents)
-    return torch_call.bind(*jax_private.vary([*primals, *given]), flat=_vjp(flat, primals, active, present))
+    _refuse_random(flat, primals)
+    return torch_call.bind(*jax_private.vary([*primals, *given]), flat=_vjp(flat, active, outs, present))
 
 
-def _vjp(flat: TorchFlat, primals: Sequence[Any], active: Mask, present: Mask | None = None) -> TorchFlat:
+def _vjp(flat: TorchFlat, active: Mask, outs: Sequence[Any], present: Mask | None = None) -> TorchFlat:
     """The transpose by recomputing. `present` is over the inexact outputs, all of them if None."""
-    outs = flat.pure_outputs(tuple(map(aval_of, primals))).avals
     here = iter(present or (True,) * len(outs))
     return flat.vjp(active, tuple(next(here) if is_inexact(out) else False for out in outs))
 
@@ -245,7 +267,9 @@ def _backward_jvp(primals: Any, tangents: Any, *, flat: TorchFlat, active: Mask,
     given = [t for t in moved if type(t) is not _Zero]
     if not given:
         return outs, [_Zero(jax.typeof(out).to_tangent_aval()) for out in outs]
-    return outs, _linear(_vjp(flat, points[: len(active)], active), outs, [], points, given, again, "recompute")
+    _refuse_random(flat, points[: len(active)])
+    results = flat.outputs(tuple(map(aval_of, points[: len(active)]))).avals
+    return outs, _linear(_vjp(flat, active, results), outs, [], points, given, again, "recompute")
 
 
 # --- batching ---------------------------------------------------------------------------------------------------------
@@ -271,43 +295,26 @@ def _call_vmap(args: Any, dims: Any, *, flat: TorchFlat) -> Any:
 
 def _forward_vmap(args: Any, dims: Any, *, flat: TorchFlat, active: Mask, cut: Capture) -> Any:
     batched, size = _in_front(args, dims), _size(args, dims)
-    outs = torch_forward.bind(
-        *batched, flat=flat.vmap((0,) * len(args)), active=active, cut=cut.vmap(size, _outputs(flat, args, dims))
-    )
+    outs = torch_forward.bind(*batched, flat=flat.vmap((0,) * len(args)), active=active, cut=cut.vmap(size))
     return outs, [0] * len(outs)
 
 
-def _outputs(flat: TorchFlat, args: Sequence[Any], dims: Sequence[Any]) -> int:
-    """The number of inexact outputs of one example."""
-    example = [
-        Aval(tuple(n for i, n in enumerate(x.shape) if i != d), np.dtype(x.dtype))
-        for x, d in zip(args, dims, strict=True)
-    ]
-    return sum(map(is_inexact, flat.outputs(tuple(example)).avals))
-
-
-def _linear_vmap(args: Any, dims: Any, *, flat: TorchFlat, active: Mask, source: Any) -> Any:
+def _linear_vmap(args: Any, dims: Any, *, flat: TorchFlat, active: Mask, source: Any, outs: Any) -> Any:
     size = _size(args, dims)
     residuals, primals, tangents = _split(_in_front(args, dims), active, source)
     if isinstance(source, Capture):
-        point_dims = _split(dims, active, source)[1]
-        source = source.vmap(size, _outputs(flat, _split(args, active, source)[1], point_dims))
+        source = source.vmap(size)
     else:
         residuals, source = [], "recompute"
     batched = flat.vmap((0,) * len(active))
-    outs = torch_linear.bind(*residuals, *primals, *tangents, flat=batched, active=active, source=source)
-    return outs, [0] * len(outs)
+    wider = tuple(Aval((size, *out.shape), out.dtype) for out in outs)
+    moved = torch_linear.bind(*residuals, *primals, *tangents, flat=batched, active=active, source=source, outs=wider)
+    return moved, [0] * len(moved)
 
 
 def _backward_vmap(args: Any, dims: Any, *, flat: TorchFlat, active: Mask, cut: Capture) -> Any:
-    size, kept = _size(args, dims), len(cut.saved)
-    points = slice(kept, kept + len(active))
-    outs = torch_backward.bind(
-        *_in_front(args, dims),
-        flat=flat.vmap((0,) * len(active)),
-        active=active,
-        cut=cut.vmap(size, _outputs(flat, args[points], dims[points])),
-    )
+    size, batched = _size(args, dims), flat.vmap((0,) * len(active))
+    outs = torch_backward.bind(*_in_front(args, dims), flat=batched, active=active, cut=cut.vmap(size))
     return outs, [0] * len(outs)
 
 
@@ -319,14 +326,23 @@ def _forward_run(*ins: Any, flat: TorchFlat, active: Mask, cut: Capture) -> list
     return run(cut.forward, ins)[0]
 
 
-def _linear_run(*ins: Any, flat: TorchFlat, active: Mask, source: Any) -> list[jax.Array]:
-    _, primals, tangents = _split(ins, active, source)
+def _linear_run(*ins: Any, flat: TorchFlat, active: Mask, source: Any, outs: Any) -> list[jax.Array]:
+    del outs
     before = torch.get_rng_state()
-    outs = run(flat.jvp(active), [*primals, *tangents])[0]
+    moved = run(_linear_flat(flat, active, source), _linear_operands(ins, active, source))[0]
     if not torch.equal(before, torch.get_rng_state()):
-        # The value came from another run, with other numbers.
-        raise _named_function(flat, UnsupportedError("forward-mode derivative of a function that draws random numbers"))
-    return outs
+        raise refused(flat.name, "the value came from another run, which drew others")
+    return moved
+
+
+def _linear_flat(flat: TorchFlat, active: Mask, source: Any, **_: Any) -> TorchFlat:
+    """The derivative along tangents: of a function that draws random numbers, of the run that gave the value."""
+    return source.push if isinstance(source, Capture) and source.draws else flat.jvp(active)
+
+
+def _linear_operands(ins: Sequence[Any], active: Mask, source: Any, **_: Any) -> list[Any]:
+    residuals, primals, tangents = _split(ins, active, source)
+    return [*(residuals if isinstance(source, Capture) and source.draws else primals), *tangents]
 
 
 def _backward_run(*ins: Any, flat: TorchFlat, active: Mask, cut: Capture) -> list[jax.Array]:
@@ -340,27 +356,42 @@ def _without_primals(ins: Sequence[Any], active: Mask, cut: Capture) -> list[Any
     return [*ins[:kept], *ins[kept + len(active) :]]
 
 
-def _lowering(flat_of: Callable[..., TorchFlat], operands_of: Callable[..., Sequence[Any]], *, trusted: bool) -> Any:
+def _lowering(
+    flat_of: Callable[..., TorchFlat],
+    operands_of: Callable[..., Sequence[Any]],
+    *,
+    trusted: bool,
+    effects_of: Callable[..., frozenset[Any]] | None = None,
+) -> Any:
     """The rule by which a compiled program calls back: check what was declared, then emit one `buffer_callback`."""
 
-    def emit(*ins: Any, out_avals: Sequence[Aval], flat: TorchFlat, **params: Any) -> Any:
+    def emit(*ins: Any, out_avals: Sequence[Aval], has_effect: bool, flat: TorchFlat, **params: Any) -> Any:
         target = flat_of(flat=flat, **params)
         structs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in out_avals]
         promised = target.levels.example_output and not trusted
         structure = target.outputs(tuple(map(aval_of, ins))).structure if promised else None
         body = callback(target, out_avals, structure, trusted=trusted)
-        return buffer_callback(body, structs)(*operands_of(ins, **params))
+        return buffer_callback(body, structs, has_side_effect=has_effect)(*operands_of(ins, **params))
 
     def lower(context: Any, *ins: Any, flat: TorchFlat, **params: Any) -> Any:
         if not flat.levels.jittable:
             raise _named_function(
                 flat, NotJittableError("traced by JAX into a compiled program", hint="Stack @jittable")
             )
+        if jax_private.is_exported(context):
+            raise _named_function(
+                flat,
+                UnsupportedError(
+                    "jax.export can't write a program that calls back into torch: a callback can't be serialised",
+                    hint="Export the torch function with torch.export, or the rest of the program",
+                ),
+            )
         if jax_private.device_count(context) > 1:
             warn_gathered()
         avals = tuple(Aval(tuple(a.shape), np.dtype(a.dtype)) for a in context.avals_out)
-        rule = mlir.lower_fun(lambda *xs: emit(*xs, out_avals=avals, flat=flat, **params), multiple_results=True)
-        return rule(context, *ins)
+        effects = effects_of and effects_of(flat, flat.outputs(tuple(map(aval_of, context.avals_in))))
+        fn = functools.partial(emit, out_avals=avals, has_effect=bool(effects), flat=flat, **params)
+        return mlir.lower_fun(fn, multiple_results=True)(context, *ins)
 
     return lower
 
@@ -372,7 +403,7 @@ def _named_function(flat: TorchFlat, error: Any) -> Any:
 
 def _register(primitive: Any, run_rule: Any, avals: Any, vmap: Any, lowering: Any) -> None:
     primitive.def_impl(run_rule)
-    primitive.def_abstract_eval(avals)
+    primitive.def_effectful_abstract_eval(avals)
     batching.primitive_batchers[primitive] = vmap
     mlir.register_lowering(primitive, lowering)
 
@@ -382,14 +413,14 @@ _register(
     lambda *ins, flat: _run(flat, ins),
     _call_avals,
     _call_vmap,
-    _lowering(lambda flat: flat, lambda ins: ins, trusted=False),
+    _lowering(lambda flat: flat, lambda ins: ins, trusted=False, effects_of=_effects),
 )
 _register(
     torch_forward,
     _forward_run,
     _forward_avals,
     _forward_vmap,
-    _lowering(lambda cut, **_: cut.forward, lambda ins, **_: ins, trusted=True),
+    _lowering(lambda cut, **_: cut.forward, lambda ins, **_: ins, trusted=True, effects_of=_effects),
 )
 _register(
     torch_linear,
@@ -397,8 +428,8 @@ _register(
     _linear_avals,
     _linear_vmap,
     _lowering(
-        lambda flat, active, **_: flat.jvp(active),
-        lambda ins, active, source: [x for part in _split(ins, active, source)[1:] for x in part],
+        _linear_flat,
+        _linear_operands,
         trusted=False,
     ),
 )

@@ -1,27 +1,34 @@
-"""A flat torch function, run on arrays: eagerly on the caller's thread, or as a callback of a compiled program."""
+"""A flat torch function, and how it runs on arrays on the caller's thread."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import sys
-import threading
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import jax
 import numpy as np
 import torch
 
-from interop._abstract import Aval, Outputs, check_promise, check_structure, infer_torch
-from interop._derive import NOTHING, Axes, Flat, Mask, Static, derive_vmap
-from interop._errors import AbstractEvalError, InteropError, PrecisionError, UnsupportedError
+from interop._abstract import Aval, Outputs, check_promise, check_structure, infer_torch, narrowed
+from interop._derive import NOTHING, Axes, Flat, FlatFn, Mask, Static, derive_jvp, derive_vjp, derive_vmap
+from interop._errors import InteropError, PrecisionError
+from interop._in_jax._random import seeding
+from interop._in_jax._surroundings import TorchState
+from interop._in_jax._ways import (
+    composite,
+    first_that_runs,
+    jvp_by_transposes,
+    keeping,
+    loop,
+    vjp_by_autograd,
+    vmap_with,
+)
 from interop._leaf import (
     NUMPY_OF,
-    THREAD,
     WIDE_FLOATS,
+    WIDE_INTS,
     array_to_tensor,
     copy_tensor,
     describe,
@@ -37,8 +44,19 @@ from interop._private import torch as torch_private
 from interop._side import Leaf, Leaves
 
 _from_capsule, _capsule_of = torch_private.from_capsule, jax_private.capsule_of
-_log = logging.getLogger("interop")
-set_grad_enabled = torch_private.set_grad_enabled
+_config: Any = jax.config
+
+
+class Modes(Protocol):
+    """What a trace of a function depends on beside arguments and torch's own state: which of its modules train."""
+
+    def now(self) -> Hashable:
+        """As it is."""
+        ...
+
+    def under(self, modes: Any) -> Any:
+        """A context in which the function runs as it was when these were."""
+        ...
 
 
 @dataclass(eq=False)
@@ -46,16 +64,26 @@ class TorchFlat(Flat):
     """A flat torch function.
 
     Attributes:
+        modes: what else a trace depends on, as it is now: whether modules train.
+        key: the index of the leaf that torch's generator is seeded from, if there is one.
         origin: of a function over a batch, the function of one example: they share the structure of their outputs.
         known: of a derived function, its outputs, which follow from those of the function it is derived from.
+        exact: of a derivative along tangents, the same in a form that can be differentiated again.
     """
 
+    modes: Modes | None = None
+    key: int | None = None
     origin: TorchFlat | None = None
     known: Callable[[Sequence[Aval]], Outputs] | None = None
+    exact: TorchFlat | None = None
+
+    def surroundings(self) -> Hashable:
+        """What a trace of it depends on beside its arguments, as it is now."""
+        return x64_enabled(), TorchState.now(), self.modes and self.modes.now()
 
     def outputs(self, avals: tuple[Aval, ...]) -> Outputs:
         """What is known of the outputs for inputs of these avals, in the dtypes that JAX keeps."""
-        return self.memo(("outputs", avals, x64_enabled()), lambda: self._outputs(avals))
+        return self.memo(("outputs", avals, self.surroundings()), lambda: self._outputs(avals))
 
     def _outputs(self, avals: tuple[Aval, ...]) -> Outputs:
         promised: Callable[[Sequence[Aval]], Outputs] | None = self.known or self.levels.example_output
@@ -66,24 +94,36 @@ class TorchFlat(Flat):
                 kept.append(Aval(aval.shape, _kept(aval)))
             except InteropError as error:
                 raise in_result(error, found.structure, index)  # noqa: B904 - the same error, located
-        return replace(found, avals=tuple(kept))
-
-    def pure_outputs(self, avals: tuple[Aval, ...]) -> Outputs:
-        """The same, for a trace; raises for a function that draws random numbers: a trace would merge them."""
-        found = self.outputs(avals)
-        if found.random:
-            raise _random(self)
-        return found
+        return replace(found, avals=tuple(kept), random=found.random and self.key is None)
 
     def jvp(self, nonzero: Mask) -> Self:
         """The derivative along tangents, whose outputs look like the inexact ones of the function."""
-        jvp = super().jvp(nonzero)
-        jvp.known = lambda avals: _some(self.outputs(tuple(avals[: len(nonzero)])), is_inexact)
-        return jvp
+        return self.memo(("jvp", nonzero), lambda: self._jvp(nonzero))
+
+    def _jvp(self, nonzero: Mask) -> Self:
+        base = self.exact or self
+        forward, twice = keeping(derive_jvp(base, nonzero)), keeping(jvp_by_transposes(base, nonzero))
+        ways = {
+            "jvp": (forward, twice, composite(forward), composite(twice)),
+            "jvp by transposes": (twice, composite(twice)),
+        }
+        quick, exact = (
+            self._derived("jvp", first_that_runs(f"{self.name}.{name}", *fns)) for name, fns in ways.items()
+        )
+        quick.exact = exact
+        quick.known = exact.known = lambda avals: _some(self.outputs(tuple(avals[: len(nonzero)])), is_inexact)
+        return quick
 
     def vjp(self, nonzero: Mask, present: Mask) -> Self:
         """The transpose, whose outputs look like the primals."""
-        vjp = super().vjp(nonzero, present)
+        return self.memo(("vjp", nonzero, present), lambda: self._vjp(nonzero, present))
+
+    def _vjp(self, nonzero: Mask, present: Mask) -> Self:
+        base = self.exact or self
+        transpose = keeping(derive_vjp(base, nonzero, present))
+        by_autograd = keeping(vjp_by_autograd(base, nonzero, present))
+        name = f"{self.name}.vjp"
+        vjp = self._derived("vjp", first_that_runs(name, transpose, composite(transpose), by_autograd))
         vjp.known = lambda avals: replace(
             self.outputs(tuple(avals[: len(nonzero)])),
             avals=tuple(aval for aval, active in zip(avals, nonzero, strict=False) if active),
@@ -93,26 +133,37 @@ class TorchFlat(Flat):
 
     def vmap(self, in_axes: Axes) -> Self:
         """The function over a batch: by `torch.func.vmap`, or by a loop where asked for, or torch has no rule."""
-        return self.memo(("vmap", in_axes), lambda: self._vmapped(in_axes))
+        return self.memo(("vmap", in_axes), lambda: self._vmap(in_axes))
 
-    def _vmapped(self, in_axes: Axes) -> Self:
-        loop, by_rule = _loop(self, in_axes), derive_vmap(self, in_axes)
-
-        def fn(*leaves: Leaf) -> tuple[Leaves, Static]:
-            if self.levels.vmap == "sequential":
-                return loop(*leaves)
-            try:
-                return by_rule(*leaves)
-            except (
-                RuntimeError
-            ) as error:  # torch has no rule, or the function looks at values; else the loop raises too
-                _log.debug("%s: batched by a loop (%s)", self.name, error)
-                return loop(*leaves)
-
-        batched = self.derived("vmap", fn)
+    def _vmap(self, in_axes: Axes) -> Self:
+        # Each example draws numbers of its own, unless they come from a key that all of them share.
+        randomness = "different" if self.key is None else "same"
+        by_rule = derive_vmap(self, in_axes, vmap_with(randomness))
+        ways = (loop(self, in_axes),) if self.levels.vmap == "sequential" else (
+            by_rule, composite(by_rule), loop(self, in_axes)
+        )  # fmt: skip
+        batched = self._derived("vmap", first_that_runs(f"{self.name}.vmap", *ways))
         batched.origin = self.origin or self
+        batched.exact = self.exact and self.exact.vmap(in_axes)
         batched.known = lambda avals: _batched(self, avals, in_axes)
         return batched
+
+    def _derived(self, kind: str, fn: FlatFn) -> Self:
+        return replace(self.derived(kind, fn), exact=None, known=None, origin=None)
+
+
+def keyed(flat: TorchFlat, key: int, path: str) -> TorchFlat:
+    """The function with one more leaf, of this index: the key that torch's generator is seeded from around it."""
+    fn, known = flat.fn, flat.path
+
+    def run(*leaves: Leaf) -> tuple[Leaves, Static]:
+        others = (*leaves[:key], *leaves[key + 1 :])
+        if torch_private.is_traced(leaves[key]):  # it has no value: whoever runs what was traced seeds
+            return fn(*others)
+        with seeding(leaves[key]):
+            return fn(*others)
+
+    return replace(flat, fn=run, key=key, path=lambda index: path if index == key else known(index) if known else "")
 
 
 def is_inexact(aval: Any) -> bool:
@@ -150,39 +201,29 @@ def refuse_wide_float(dtype: torch.dtype, result: Any) -> None:
         )
 
 
-def _loop(flat: Flat, in_axes: Axes) -> Callable[..., tuple[Leaves, Static]]:
-    """The function called on one example after the other."""
-
-    def loop(*leaves: Leaf) -> tuple[Leaves, Static]:
-        size = next(leaf.shape[axis] for leaf, axis in zip(leaves, in_axes, strict=True) if axis is not None)
-        rows = []
-        for i in range(size):
-            example = [x if axis is None else x.select(axis, i) for x, axis in zip(leaves, in_axes, strict=True)]
-            outs, structure = flat.fn(*example)
-            rows.append((outs, structure))
-        if not rows:
-            raise AbstractEvalError("a loop over an empty batch has no outputs", hint="Use as_jax(vmap='auto')")
-        return tuple(torch.stack(column) for column in zip(*(outs for outs, _ in rows), strict=True)), rows[0][1]
-
-    return loop
-
-
 # --- eager ------------------------------------------------------------------------------------------------------------
 
 
 def run(flat: Flat, arrays: Sequence[jax.Array]) -> tuple[list[jax.Array], Static]:
     """Run it on the values of arrays. It works on its own copy of them, and its results are copied out of it."""
-    graph = torch.is_grad_enabled()
-    set_grad_enabled(False)
-    try:
-        outs, structure = flat.fn(*own(arrays))
-        if flat.levels.example_output is not None:
-            promised = flat.levels.example_output(tuple(map(_aval, arrays)))
-            check_promise(outs, promised.avals, flat.name)
-            check_structure(structure, promised.structure, flat.name)
-        return results_to_arrays(outs, structure), structure
-    finally:
-        set_grad_enabled(graph)
+    outs, structure = flat.fn(*own(arrays))
+    if flat.levels.example_output is not None:
+        promised = flat.levels.example_output(tuple(map(_aval, arrays)))
+        check_promise(narrowed(outs, promised.avals), promised.avals, flat.name)
+        check_structure(structure, promised.structure, flat.name)
+    results = results_to_arrays(outs, structure)
+    if _config.jax_debug_nans or _config.jax_debug_infs:
+        check_finite(results, flat.name)
+    return results, structure
+
+
+def check_finite(results: Sequence[jax.Array], name: str) -> None:
+    """Raise for what `jax.debug_nans` and `jax.debug_infs` look for, as JAX does after each operation of its own."""
+    checks = [(_config.jax_debug_nans, np.isnan, "nan"), (_config.jax_debug_infs, np.isinf, "inf")]
+    for values in (np.asarray(result) for result in results if is_inexact(result)):
+        for asked, found, what in checks:
+            if asked and found(values).any():
+                raise FloatingPointError(f"invalid value ({what}) encountered in {name}")
 
 
 def own(arrays: Sequence[jax.Array]) -> list[torch.Tensor]:
@@ -248,134 +289,10 @@ def result_to_array(t: torch.Tensor) -> jax.Array:
     x64 = x64_enabled()
     refuse_wide_float(t.dtype, t)
     t = resolve(t.detach())
-    if t.dtype in (torch.int64, torch.uint64) and not x64:
+    if t.dtype in WIDE_INTS and not x64:
         t = narrow(t)
     return import_tensor(t.clone(memory_format=torch.contiguous_format))
 
 
 def _aval(array: Any) -> Aval:
     return Aval(tuple(array.shape), np.dtype(array.dtype))
-
-
-# --- callback ---------------------------------------------------------------------------------------------------------
-
-# A function of the user may be entered from several threads of a compiled program; torch modules are not made for that.
-_lock = threading.RLock()
-
-
-def callback(flat: Flat, avals: Sequence[Aval], structure: Static | None, *, trusted: bool) -> Callable[..., None]:
-    """The body of a `buffer_callback`; a promised structure is checked.
-
-    A trusted function is a graph of ours: it keeps and writes nothing.
-    """
-    state = TorchState.now()
-
-    def body(_: Any, outs: Any, *buffers: Any) -> None:
-        # Nobody above but JAX's wrapper of this: a thread of XLA's own, and not the one that called the program.
-        THREAD.cannot_wait = sys._getframe(1).f_back is None
-        with state, torch.no_grad():
-            ins = [export_buffer(b) for b in buffers]
-            if trusted:
-                results = flat.leaves(*ins)
-            else:
-                with _lock:
-                    results = _run_untrusted(flat, [t.clone() for t in ins], structure)
-            _write(results, outs, avals, flat.name)
-
-    return body
-
-
-def _run_untrusted(flat: Flat, ins: list[torch.Tensor], promised: Static | None) -> Leaves:
-    """Run a function of the user; one that could not be inferred is watched instead."""
-    if promised is None:
-        return flat.leaves(*ins)
-    before = torch.get_rng_state()
-    results, structure = flat.fn(*ins)
-    check_structure(structure, promised, flat.name)
-    if not torch.equal(before, torch.get_rng_state()):
-        raise _random(flat)
-    return results
-
-
-def _random(flat: Flat) -> UnsupportedError:
-    error = UnsupportedError(
-        "it draws random numbers, which is not supported under a trace yet",
-        hint="Draw them outside and pass them in, or call it eagerly",
-    )
-    error.function = flat.name
-    return error
-
-
-def export_buffer(buffer: Any) -> torch.Tensor:
-    """A tensor over a buffer of a running program; valid until the callback returns."""
-    return torch_private.from_capsule(buffer.__dlpack__())
-
-
-def _write(results: Leaves, outs: Sequence[Any], avals: Sequence[Aval], name: str) -> None:
-    """Copy the results into the program's buffers, checked first: `copy_` would broadcast and cast in silence."""
-    wide = [narrow(r) if r.dtype in (torch.int64, torch.uint64) and a.dtype.itemsize == 4 else r
-            for r, a in zip(results, avals, strict=False)]  # fmt: skip
-    check_promise(wide if len(wide) == len(results) else results, avals, name)
-    for result, out in zip(wide, outs, strict=True):
-        export_buffer(out).copy_(result)
-
-
-@dataclass(frozen=True)
-class TorchState:
-    """What torch functions depend on beside their arguments, as it was where the program was made.
-
-    A callback runs on any thread, with that thread's modes, and with denormals flushed to zero.
-    """
-
-    autocast: bool
-    autocast_dtype: torch.dtype
-    default_dtype: torch.dtype
-    default_device: torch.device
-
-    @staticmethod
-    def now() -> TorchState:
-        """The state of this thread."""
-        return TorchState(
-            torch.is_autocast_enabled("cpu"),
-            torch.get_autocast_dtype("cpu"),
-            torch.get_default_dtype(),
-            torch.get_default_device(),
-        )
-
-    def __enter__(self) -> None:
-        _stacks.stack.append(self._entered())
-
-    def __exit__(self, *_: object) -> None:
-        _stacks.stack.pop().close()
-
-    def _entered(self) -> contextlib.ExitStack:
-        stack = contextlib.ExitStack()
-        if torch.is_inference_mode_enabled():
-            stack.enter_context(torch.inference_mode(mode=False))
-        if self != TorchState.now():
-            stack.enter_context(torch.autocast("cpu", dtype=self.autocast_dtype, enabled=self.autocast))
-            stack.enter_context(_default_dtype(self.default_dtype))
-            stack.enter_context(self.default_device)
-        if _TINY * np.float32(1) == 0:
-            torch.set_flush_denormal(False)
-            stack.callback(torch.set_flush_denormal, True)
-        return stack
-
-
-class _Stacks(threading.local):
-    def __init__(self) -> None:
-        self.stack: list[contextlib.ExitStack] = []
-
-
-_stacks = _Stacks()
-_TINY = np.float32(1e-40)
-
-
-@contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Generator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

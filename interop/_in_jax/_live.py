@@ -19,6 +19,7 @@ import torch
 from interop._derive import Mask, Static
 from interop._in_jax._flat import TorchFlat, result_to_array, results_to_arrays, tensors_of
 from interop._leaf import array_to_tensor
+from interop._private import torch as torch_private
 from interop._side import TORCH
 
 _graphs: dict[int, Live] = {}
@@ -49,7 +50,7 @@ class Live:
 
 def forward(flat: TorchFlat, arrays: Sequence[jax.Array], active: Mask) -> tuple[list[jax.Array], Static, jax.Array]:
     """Run it under autograd; returns its outputs, their structure, and the array that owns the graph."""
-    with torch.inference_mode(mode=False), torch.enable_grad():
+    with torch.inference_mode(mode=False), torch.enable_grad(), torch_private.everything_is_saved():
         tensors = [t.requires_grad_(wanted) for t, wanted in zip(tensors_of(arrays), active, strict=True)]
         # Nobody writes to the leaves, which share JAX's memory. What the function is given is a copy, and no leaf.
         outs, structure = flat.fn(*[t.clone() for t in tensors])

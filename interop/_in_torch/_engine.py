@@ -303,9 +303,7 @@ def _scaled(flat: JaxFlat, plan: Plan, gradients: Sequence[jax.Array], cotangent
             resolve(cotangent)
         except InteropError as error:
             raise flat.locate(error)  # noqa: B904 - the same error; no frame above knows the function
-    return None, *[
-        None if i is None else _from_capsule(_capsule_of(gradients[i])) * cotangent for i in plan.gradients
-    ]
+    return None, *[None if i is None else _from_capsule(_capsule_of(gradients[i])) * cotangent for i in plan.gradients]
 
 
 def _freed() -> RuntimeError:

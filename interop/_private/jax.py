@@ -16,15 +16,17 @@ from interop._private import PUBLIC_ONLY
 _jax: Any = None
 _xla_bridge: Any = None
 _lax: Any = None
+_effects: Any = None
 Primitive: Any = None
 if not PUBLIC_ONLY:
     try:
+        from jax._src import effects as _effects
         from jax._src import xla_bridge as _xla_bridge
         from jax._src.core import Primitive
         from jax._src.lax import lax as _lax
         from jaxlib import _jax  # type: ignore[no-redef]  # pyright: ignore[reportAttributeAccessIssue]
     except ImportError:  # a jax that moved them: every fallback below is public
-        _jax = _xla_bridge = _lax = None
+        _jax = _xla_bridge = _lax = _effects = None
 
 
 # The type of an array that is there; the fallback matches nothing, and every call takes the general path.
@@ -108,10 +110,28 @@ def device_count(lowering: Any) -> int:
     return int(getattr(context, "num_devices", None) or 1)
 
 
+def _public(name: str) -> Any:
+    return getattr(importlib.import_module("jax.extend.core"), name)  # it costs 17 ms of import
+
+
+Effect: Any = getattr(_effects, "Effect", None) or _public("Effect")
+
+
+def allow_effect(kind: type) -> None:
+    """Let programs with this effect be compiled, and run in loops. Without the private tables, JAX refuses them."""
+    if _effects:
+        _effects.lowerable_effects.add_type(kind)
+        _effects.control_flow_allowed_effects.add_type(kind)
+
+
+def is_exported(lowering: Any) -> bool:
+    """Whether a program is lowered for `jax.export`; where it is not known, JAX refuses it in words of its own."""
+    return bool(getattr(getattr(lowering.module_context, "lowering_parameters", None), "for_export", False))
+
+
 def eager_primitive(name: str) -> Any:
-    """A primitive with several results. The public name, in `jax.extend.core`, costs 17 ms of import."""
-    make = Primitive or importlib.import_module("jax.extend.core").Primitive
-    primitive = make(name)
+    """A primitive with several results."""
+    primitive = (Primitive or _public("Primitive"))(name)
     primitive.multiple_results = True
     return primitive
 

@@ -47,8 +47,8 @@ _always: Callable[[], bool] = lambda: True  # noqa: E731 - without the names, ev
 functorch_active: Callable[[], bool] = getattr(_C, "_are_functorch_transforms_active", None) or _always
 dispatch_modes: Callable[[], int] = getattr(_C, "_len_torch_dispatch_stack", None) or _always
 
-# Grad mode, set: 0.06 us, against 0.7 us of the public class.
-set_grad_enabled: Callable[[bool], Any] = getattr(_C, "_set_grad_enabled", None) or torch.set_grad_enabled
+# The number of function modes in this thread; a default device is one.
+function_modes: Callable[[], int] = getattr(_C, "_len_torch_function_stack", None) or _always
 
 # --- abstract evaluation ----------------------------------------------------------------------------------------------
 
@@ -57,16 +57,35 @@ from torch._subclasses.fake_tensor import (  # noqa: E402 - grouped with its use
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
 )
 from torch._subclasses.functional_tensor import FunctionalTensor  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-# What a function raises on fake tensors when it needs their values.
-NEEDS_VALUES: tuple[type[BaseException], ...] = (
+# What torch raises for a function that needs the values of fake tensors.
+_NEEDS_VALUES: tuple[type[BaseException], ...] = (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    RuntimeError,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
 )
+_SAYS_SO = (
+    "FakeTensor",
+    "fake impl",
+    "fake tensor",
+    "doesn't have storage",
+    "data pointer",
+    "is not supported for tensor subclasses",
+    "meta tensor",
+    "data-dependent",
+)
+
+
+def needs_values(error: BaseException) -> bool:
+    """Whether a function failed on fake tensors for the want of their values; any other error is its own."""
+    said = type(error).__module__.startswith("torch.") or type(error) in (RuntimeError, TypeError, NotImplementedError)
+    return isinstance(error, _NEEDS_VALUES) or (said and any(words in str(error) for words in _SAYS_SO))
 
 
 def fake_mode() -> Any:
@@ -109,6 +128,31 @@ def saved_tensors_are_watched() -> bool:
 def keeps_graph() -> bool:
     """Whether the running backward was asked to retain the graph."""
     return bool(_keep_graph()) if _keep_graph else True
+
+
+_hooks: Any = getattr(_C, "_autograd", None)
+
+
+@contextlib.contextmanager
+def everything_is_saved() -> Generator[None]:
+    """Hooks on saved tensors do nothing in this thread: what backward needs is kept.
+
+    A checkpoint, which is made of such hooks, would run the function again in backward: with other parameters than it
+    was given, if those were swapped into a module, and not at all below `torch.func`, which forbids hooks.
+    """
+    if not hasattr(_hooks, "_saved_tensors_hooks_set_tracing"):
+        yield
+        return
+    forbidden = _hooks._saved_tensors_hooks_get_disabled_error_message()
+    before = _hooks._saved_tensors_hooks_set_tracing(True)
+    if forbidden is not None:
+        _hooks._saved_tensors_hooks_enable()
+    try:
+        yield
+    finally:
+        _hooks._saved_tensors_hooks_set_tracing(before)
+        if forbidden is not None:
+            _hooks._saved_tensors_hooks_disable(forbidden)
 
 
 _functorch: Any = getattr(_C, "_functorch", None)
@@ -366,7 +410,8 @@ def trace(fn: Callable[..., Any], *args: Any) -> torch.fx.GraphModule:
 
     module = make_fx(fn, tracing_mode="fake", _allow_non_fake_inputs=True)(*args)
     if any(_writes(node) for node in module.graph.nodes):
-        module = make_fx(torch.func.functionalize(module), tracing_mode="fake", _allow_non_fake_inputs=True)(*args)
+        with torch.no_grad():  # the gradients are in the graph already
+            module = make_fx(torch.func.functionalize(module), tracing_mode="fake", _allow_non_fake_inputs=True)(*args)
     return module
 
 

@@ -1,0 +1,72 @@
+"""The body of a callback: a flat torch function run from a compiled program, on any thread, as if it were at home."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from interop._abstract import Aval, check_promise, check_structure, narrowed
+from interop._derive import Static
+from interop._in_jax._flat import TorchFlat
+from interop._in_jax._random import refused
+from interop._in_jax._surroundings import NOTHING, TorchState, on_stream
+from interop._leaf import THREAD
+from interop._private import torch as torch_private
+from interop._side import Leaves
+
+# A function of the user may be entered from several threads of a compiled program; torch modules are not made for that.
+_lock = threading.RLock()
+
+
+def callback(flat: TorchFlat, avals: Sequence[Aval], structure: Static | None, *, trusted: bool) -> Callable[..., None]:
+    """The body of a `buffer_callback`; a promised structure is checked.
+
+    A trusted function is a graph of ours: it keeps and writes nothing.
+    """
+    state = TorchState.now()
+    modes = flat.modes and flat.modes.now()
+
+    def body(context: Any, outs: Any, *buffers: Any) -> None:
+        # Nobody above but JAX's wrapper of this: a thread of XLA's own, and not the one that called the program.
+        THREAD.cannot_wait = sys._getframe(1).f_back is None
+        ins, places = [export_buffer(b) for b in buffers], [export_buffer(out) for out in outs]
+        with state.entered(), on_stream(context, (*ins, *places)):
+            if trusted:
+                with torch.no_grad():
+                    results = flat.leaves(*ins)
+            else:
+                with _lock, flat.modes.under(modes) if flat.modes else NOTHING:
+                    results = _run_untrusted(flat, [t.clone() for t in ins], structure)
+            _write(results, places, avals, flat.name)
+
+    return body
+
+
+def _run_untrusted(flat: TorchFlat, ins: list[torch.Tensor], promised: Static | None) -> Leaves:
+    """Run a function of the user; one that could not be inferred is watched instead."""
+    if promised is None:
+        return flat.leaves(*ins)
+    before = torch.get_rng_state()
+    results, structure = flat.fn(*ins)
+    check_structure(structure, promised, flat.name)
+    if flat.key is None and not torch.equal(before, torch.get_rng_state()):
+        raise refused(flat.name, "what it draws is no effect that the program knows of: its shapes are not inferred")
+    return results
+
+
+def export_buffer(buffer: Any) -> torch.Tensor:
+    """A tensor over a buffer of a running program; valid until the callback returns."""
+    return torch_private.from_capsule(buffer.__dlpack__())
+
+
+def _write(results: Leaves, places: Sequence[torch.Tensor], avals: Sequence[Aval], name: str) -> None:
+    """Copy the results into the program's buffers, checked first: `copy_` would broadcast and cast in silence."""
+    if [(r.shape, r.dtype) for r in results] != [(p.shape, p.dtype) for p in places]:
+        results = narrowed(results, avals)
+        check_promise(results, avals, name)
+    for result, place in zip(results, places, strict=True):
+        place.copy_(result)

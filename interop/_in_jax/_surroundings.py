@@ -1,0 +1,79 @@
+"""Where a torch function runs: the modes of torch, and the stream of the device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from interop._private import torch as torch_private
+
+_TINY = np.float32(1e-40)
+_CPU = torch.device("cpu")
+NOTHING = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def on_stream(context: Any, tensors: Sequence[torch.Tensor]) -> Generator[None]:
+    """On the stream of the program, where it runs on a GPU: XLA goes on when that stream has come so far."""
+    device = next((t.device for t in tensors if t.is_cuda), None)
+    if device is None:
+        yield
+        return
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.ExternalStream(context.stream(), device=device)):
+        yield
+
+
+class TorchState(NamedTuple):
+    """What torch functions depend on beside their arguments, as it was where the program was made.
+
+    A callback runs on any thread, with that thread's modes, and with denormals flushed to zero.
+    """
+
+    grad: bool
+    inference: bool
+    autocast: tuple[bool, torch.dtype]
+    autocast_on_gpu: tuple[bool, torch.dtype]
+    default_dtype: torch.dtype
+    default_device: torch.device
+
+    @staticmethod
+    def now() -> TorchState:
+        """The state of this thread."""
+        return TorchState(
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),
+            (torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")),
+            torch.get_default_dtype(),
+            torch.get_default_device() if torch_private.function_modes() else _CPU,
+        )
+
+    def entered(self) -> contextlib.AbstractContextManager[Any]:
+        """A context with this state, whatever the thread's is."""
+        flushing = bool(_TINY * np.float32(1) == 0)
+        now = TorchState.now()
+        return NOTHING if self == now and not flushing else self._entered(now, flushing=flushing)
+
+    @contextlib.contextmanager
+    def _entered(self, now: TorchState, *, flushing: bool) -> Generator[None]:
+        with contextlib.ExitStack() as stack:
+            if self.inference != now.inference:
+                stack.enter_context(torch.inference_mode(mode=self.inference))
+            stack.enter_context(torch.set_grad_enabled(self.grad))
+            for device, wanted, given in (("cpu", self.autocast, now.autocast),
+                                          ("cuda", self.autocast_on_gpu, now.autocast_on_gpu)):  # fmt: skip
+                if wanted != given:
+                    stack.enter_context(torch.autocast(device, dtype=wanted[1], enabled=wanted[0]))
+            if self.default_dtype is not now.default_dtype:
+                stack.callback(torch.set_default_dtype, now.default_dtype)
+                torch.set_default_dtype(self.default_dtype)
+            if self.default_device != now.default_device:
+                stack.enter_context(self.default_device)
+            if flushing:
+                torch.set_flush_denormal(False)
+                stack.callback(torch.set_flush_denormal, True)
+            yield

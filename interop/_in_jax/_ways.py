@@ -1,0 +1,259 @@
+"""The ways in which a derived function can run, tried in order: torch has not every rule for every kernel.
+
+What runs is remembered, so that a function pays for a missing rule once. Nothing here flips a switch of the process:
+another thread never sees another kernel.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - as everybody calls it
+from torch.overrides import TorchFunctionMode
+
+from interop._derive import NOTHING, Flat, FlatFn, Mask, Static, inexact_part, pick
+from interop._errors import AbstractEvalError, InteropError
+from interop._private import torch as torch_private
+from interop._side import TORCH, Leaf, Leaves
+
+_log = logging.getLogger("interop")
+
+
+def first_that_runs(name: str, *ways: FlatFn) -> FlatFn:
+    """The first of these that does not raise; what the last one raises, if none does."""
+    first = 0
+
+    def run(*leaves: Leaf) -> tuple[Leaves, Static]:
+        nonlocal first
+        for index in range(first, len(ways) - 1):
+            try:  # on copies: it may write to them before it raises
+                result = ways[index](*[x.clone() for x in leaves])
+            except InteropError:
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever torch says of a missing rule; the user's error comes again
+                _log.debug("%s: another way is tried (%s: %s)", name, type(error).__name__, error)
+            else:
+                first = index
+                return result
+        result = ways[-1](*leaves)
+        first = len(ways) - 1
+        return result
+
+    return run
+
+
+def keeping(fn: FlatFn) -> FlatFn:
+    """The function with all that its backward needs kept: what would run again, would run with other parameters."""
+
+    def kept(*leaves: Leaf) -> tuple[Leaves, Static]:
+        with torch_private.everything_is_saved():
+            return fn(*leaves)
+
+    return kept
+
+
+# --- derivatives ------------------------------------------------------------------------------------------------------
+
+
+def jvp_by_transposes(flat: Flat, nonzero: Mask) -> FlatFn:
+    """The derivative along tangents as the transpose of the transpose: no kernel needs a rule of forward mode.
+
+    It can be differentiated again where forward mode can't: torch's rules for what saves a factor or a statistic (LU,
+    the mean and deviation of a norm) take that for a constant. The transpose is the adjoint with respect to the real
+    inner product, so that of complex numbers it holds as it is.
+    """
+    count = len(nonzero)
+
+    def jvp(*leaves: Leaf) -> tuple[Leaves, Static]:
+        primals, tangents = leaves[:count], leaves[count:]
+        outs, pull = TORCH.vjp(inexact_part(flat, primals, nonzero), *pick(primals, nonzero))
+        _, push = TORCH.vjp(lambda *cotangents: pull(cotangents), *map(torch.zeros_like, outs))
+        return tuple(push(tangents)), NOTHING
+
+    return jvp
+
+
+def vjp_by_autograd(flat: Flat, nonzero: Mask, present: Mask) -> FlatFn:
+    """The transpose by torch's own backward, for what `torch.func` does not take: an old-style autograd function."""
+    count = len(nonzero)
+
+    def vjp(*leaves: Leaf) -> tuple[Leaves, Static]:
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            primals = tuple(
+                x if not active or x.requires_grad else x.detach().requires_grad_()
+                for x, active in zip(leaves[:count], nonzero, strict=True)
+            )
+            outs = flat.leaves(*[x.clone() if active else x for x, active in zip(primals, nonzero, strict=True)])
+        given = iter(leaves[count:])
+        cotangents = [TORCH.conjugated(next(given)) if p else None for p in present]
+        pairs = [(o, c) for o, c in zip(outs, cotangents, strict=True) if c is not None and o.requires_grad]
+        active = pick(primals, nonzero)
+        grads: Sequence[Any] = (None,) * len(active)
+        if pairs:
+            grads = torch.autograd.grad(
+                [o for o, _ in pairs], active, [c for _, c in pairs], allow_unused=True, create_graph=again
+            )
+        return tuple(
+            torch.zeros_like(x) if g is None else TORCH.conjugated(g) for x, g in zip(active, grads, strict=True)
+        ), NOTHING
+
+    return vjp
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def vmap_with(randomness: str) -> Callable[..., Any]:
+    """`torch.func.vmap`, with each example drawing numbers of its own ("different") or all the same."""
+    vmap: Any = torch.func.vmap  # typed as what its deprecated twin returns
+    return lambda fn, in_axes: vmap(fn, in_dims=in_axes, randomness=randomness)
+
+
+def loop(flat: Flat, in_axes: tuple[int | None, ...]) -> FlatFn:
+    """The function called on one example after the other, each in memory of its own."""
+
+    def looped(*leaves: Leaf) -> tuple[Leaves, Static]:
+        size = next(leaf.shape[axis] for leaf, axis in zip(leaves, in_axes, strict=True) if axis is not None)
+        rows: list[tuple[Leaves, Static]] = []
+        for i in range(size):
+            example = [x if axis is None else x.select(axis, i) for x, axis in zip(leaves, in_axes, strict=True)]
+            rows.append(flat.fn(*[x.clone(memory_format=torch.contiguous_format) for x in example]))
+        if not rows:
+            raise AbstractEvalError("a loop over an empty batch has no outputs", hint="Use as_jax(vmap='auto')")
+        return tuple(torch.stack(column) for column in zip(*(outs for outs, _ in rows), strict=True)), rows[0][1]
+
+    return looped
+
+
+# --- composite kernels ------------------------------------------------------------------------------------------------
+
+
+def composite(fn: FlatFn) -> FlatFn:
+    """The function with its fused kernels (attention, recurrent layers) taken apart, in this thread and this call.
+
+    The fused ones have no rule for forward mode, for a second derivative or for a batch. Under any function mode torch
+    leaves its fused encoder layer alone too.
+    """
+
+    def taken_apart(*leaves: Leaf) -> tuple[Leaves, Static]:
+        with _Composite():
+            return fn(*leaves)
+
+    return taken_apart
+
+
+class _Composite(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        run: Any = _COMPOSITES.get(func, func)
+        return run(*args, **(kwargs or {}))
+
+
+def _attention(
+    query: Leaf,
+    key: Leaf,
+    value: Leaf,
+    attn_mask: Leaf | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Leaf:
+    """Scaled dot-product attention, as torch's documentation writes it out."""
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.size(-3) // x.size(-3), -3) for x in (key, value))
+    scores = (query * (1 / math.sqrt(query.size(-1)) if scale is None else scale)) @ key.transpose(-2, -1)
+    if is_causal:
+        attn_mask = torch.ones(query.size(-2), key.size(-2), dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype is torch.bool else scores + attn_mask
+    weights = scores.softmax(-1)
+    if attn_mask is not None:  # a row that may look at nothing is zero, as torch has it
+        weights = weights.masked_fill(scores.isneginf().all(-1, keepdim=True), 0.0)
+    return (F.dropout(weights, dropout_p) if dropout_p else weights) @ value
+
+
+def _lstm_cell(x: Leaf, state: Leaves, hidden_weights: Leaves) -> tuple[Leaf, Leaves]:
+    h, c = state
+    i, f, g, o = (x + F.linear(h, *hidden_weights[:2])).chunk(4, -1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    h = o.sigmoid() * c.tanh()
+    if len(hidden_weights) > 2:
+        h = F.linear(h, hidden_weights[2])  # the projection
+    return h, (h, c)
+
+
+def _gru_cell(x: Leaf, state: Leaves, hidden_weights: Leaves) -> tuple[Leaf, Leaves]:
+    (h,) = state
+    (xr, xz, xn), (hr, hz, hn) = x.chunk(3, -1), F.linear(h, *hidden_weights).chunk(3, -1)
+    z, n = (xz + hz).sigmoid(), (xn + (xr + hr).sigmoid() * hn).tanh()
+    h = n + z * (h - n)
+    return h, (h,)
+
+
+def _rnn_cell(nonlinearity: Callable[[Leaf], Leaf]) -> Callable[..., tuple[Leaf, Leaves]]:
+    def cell(x: Leaf, state: Leaves, hidden_weights: Leaves) -> tuple[Leaf, Leaves]:
+        h = nonlinearity(x + F.linear(state[0], *hidden_weights))
+        return h, (h,)
+
+    return cell
+
+
+def _recurrent(cell: Callable[..., tuple[Leaf, Leaves]], fused: Callable[..., Any]) -> Callable[..., Any]:
+    """A recurrent layer of torch, step by step."""
+
+    def layers(
+        x: Leaf, hx: Any, params: Any, has_biases: Any, num_layers: Any, dropout: Any, train: Any, *options: Any
+    ) -> Any:
+        if not options or isinstance(has_biases, list | tuple):  # packed sequences keep their kernel
+            return fused(x, hx, params, has_biases, num_layers, dropout, train, *options)
+        bidirectional, batch_first = options
+        several = isinstance(hx, list | tuple)
+        states, ways = tuple(hx) if several else (hx,), 2 if bidirectional else 1
+        each = len(params) // (num_layers * ways)
+        x = x.transpose(0, 1) if batch_first else x
+        finals: list[Leaves] = []
+        for layer in range(num_layers):
+            outs: list[Leaf] = []
+            for way in range(ways):
+                index = layer * ways + way
+                weights = params[index * each : (index + 1) * each]
+                steps, final = _steps(cell, x, tuple(s[index] for s in states), weights, has_biases, reverse=way == 1)
+                outs.append(steps)
+                finals.append(final)
+            x = torch.cat(outs, -1)
+            if dropout and train and layer < num_layers - 1:
+                x = F.dropout(x, dropout)
+        x = x.transpose(0, 1) if batch_first else x
+        return (x, *(torch.stack(state) for state in zip(*finals, strict=True)))
+
+    return layers
+
+
+def _steps(
+    cell: Callable[..., tuple[Leaf, Leaves]], x: Leaf, state: Leaves, weights: Sequence[Leaf], has_biases: bool, *,
+    reverse: bool,
+) -> tuple[Leaf, Leaves]:  # fmt: skip
+    """One layer in one direction."""
+    wi, wh, *rest = weights
+    bi, bh = (rest.pop(0), rest.pop(0)) if has_biases else (None, None)
+    inputs = F.linear(x, wi, bi).unbind(0)
+    outs: list[Leaf] = []
+    for step in reversed(inputs) if reverse else inputs:
+        out, state = cell(step, state, (wh, bh, *rest))
+        outs.append(out)
+    return torch.stack(outs[::-1] if reverse else outs), state
+
+
+_COMPOSITES: dict[Any, Callable[..., Any]] = {
+    F.scaled_dot_product_attention: _attention,
+    torch.lstm: _recurrent(_lstm_cell, torch.lstm),
+    torch.gru: _recurrent(_gru_cell, torch.gru),
+    torch.rnn_tanh: _recurrent(_rnn_cell(torch.tanh), torch.rnn_tanh),
+    torch.rnn_relu: _recurrent(_rnn_cell(torch.relu), torch.rnn_relu),
+}
