@@ -133,10 +133,14 @@ def join(mask: Mask, chosen: Leaves, others: Leaves) -> Leaves:
 
 
 def inexact_part(flat: Flat, primals: Leaves, nonzero: Mask) -> Callable[..., Leaves]:
-    """The function of the `nonzero` primals alone, and of its inexact outputs alone: what has a derivative."""
+    """The function of the `nonzero` primals alone, and of its inexact outputs alone: what has a derivative.
+
+    It is given copies: what it writes to is not what the derivative is taken in.
+    """
 
     def part(*active: Leaf) -> Leaves:
-        return tuple(out for out in flat.leaves(*fill(primals, nonzero, active)) if flat.side.is_inexact(out))
+        outs = flat.leaves(*map(flat.side.copy, fill(primals, nonzero, active)))
+        return tuple(out for out in outs if flat.side.is_inexact(out))
 
     return part
 
@@ -166,7 +170,7 @@ def derive_vjp(flat: Flat, nonzero: Mask, present: Mask) -> FlatFn:
         inexact: list[bool] = []
 
         def part(*active: Leaf) -> Leaves:
-            outs = flat.leaves(*fill(primals, nonzero, active))
+            outs = flat.leaves(*map(side.copy, fill(primals, nonzero, active)))
             inexact[:] = [side.is_inexact(out) for out in outs]
             return pick(outs, tuple(inexact))
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -21,9 +20,10 @@ import numpy as np
 import torch
 from jax.sharding import SingleDeviceSharding
 
-from interop._errors import DeviceError, ForkError, LeafError, NarrowingError, NestedError
+from interop._errors import DeviceError, LeafError, NarrowingError
 from interop._private import jax as jax_private
 from interop._private import torch as torch_private
+from interop._threads import refuse_forked
 
 # --- dtypes -----------------------------------------------------------------------------------------------------------
 
@@ -111,39 +111,7 @@ def describe(leaf: Any) -> str:
 # --- devices ----------------------------------------------------------------------------------------------------------
 
 _DEVICES: dict[torch.device, Any] = {}
-_forked = False
-
-
-def _after_fork() -> None:
-    """JAX's threads do not survive a fork: the child forgets its devices, and asking for one raises."""
-    global _forked  # noqa: PLW0603 - the process itself is the state
-    _forked = _forked or jax_private.backend_runs()
-    if _forked:
-        _DEVICES.clear()
-        _Thread.cannot_wait = True
-
-
-os.register_at_fork(after_in_child=_after_fork)
-
-
-class _Thread(threading.local):
-    cannot_wait = False
-
-
-# Whether a JAX program that this thread starts could wait for ever: the thread belongs to another compiled program,
-# which has called back into torch and waits for this one; or to a forked child.
-THREAD = _Thread()
-
-
-def refuse_waiting() -> None:
-    """Raise where a JAX program would wait for ever, or could; programs that run in turn can't."""
-    refuse_forked()
-    if not _config.read("jax_cpu_enable_async_dispatch"):
-        return
-    raise NestedError(
-        "a JAX function was called from torch inside a compiled JAX program, which can hang",
-        hint="Call jax.config.update('jax_cpu_enable_async_dispatch', False) before JAX starts, or call it outside jit",
-    )
+os.register_at_fork(after_in_child=_DEVICES.clear)  # JAX's threads do not survive it: the child asks again, and is told
 
 
 def jax_device(device: torch.device) -> Any:
@@ -152,15 +120,6 @@ def jax_device(device: torch.device) -> Any:
     if found is None:
         found = _DEVICES[device] = _find_jax_device(device)
     return found
-
-
-def refuse_forked() -> None:
-    """Raise in a forked child of a process that runs JAX."""
-    if _forked:
-        raise ForkError(
-            "this process was forked from one that runs JAX, whose threads did not survive",
-            hint="Start it by spawn or forkserver: DataLoader(..., multiprocessing_context='spawn')",
-        )
 
 
 def _find_jax_device(device: torch.device) -> Any:
@@ -377,6 +336,10 @@ def local(a: Any) -> jax.Array:
     torch_dtype(a.dtype)
     if a.is_deleted():
         raise LeafError(f"the array {describe(a)} was deleted or donated")
+    if not a.is_fully_addressable:
+        raise DeviceError(
+            "an array of several processes can't be gathered in one", hint="Use jax.shard_map inside jax.jit"
+        )
     if len(a.sharding.device_set) > 1:
         a = jax.device_put(a, next(iter(sorted(a.sharding.device_set, key=str))))
     return a

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import threading
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
@@ -29,16 +31,20 @@ class ModuleFunction:
 
     def __init__(self, module: torch.nn.Module, *, mutable: bool = False) -> None:
         self.module: torch.nn.Module = getattr(module, "_orig_mod", module)  # compiled code knows its own parameters
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedError(
+                "the parameters of a scripted module can't be replaced", hint="Cross the module that it was made from"
+            )
         self.mutable = mutable
         self.training = _Training(self.module)
         self.__name__ = type(self.module).__name__
         self.__doc__ = self.module.__doc__
 
     def __call__(self, params: Mapping[str, torch.Tensor], /, *args: Any, **kwargs: Any) -> Any:
-        skeleton = _skeleton(self.module, {})
+        given, before = _matched(self.module, params)
+        skeleton = _Skeleton(given).of(self.module)
         for part, training in zip(skeleton.modules(), self.training.now(), strict=True):
             part.training = training
-        before = _fill(skeleton, self.module, params)
         versions = {name: _version(buffer) for name, buffer in _buffers(skeleton).items()}
         out = skeleton(*args, **kwargs)
         after = _buffers(skeleton)
@@ -100,35 +106,94 @@ class ClosedOver:
 
 # --- the skeleton -----------------------------------------------------------------------------------------------------
 
-
-def _skeleton(module: torch.nn.Module, made: dict[int, torch.nn.Module]) -> torch.nn.Module:
-    """The module's objects with tables of their own; a submodule that is shared stays shared."""
-    if id(module) not in made:
-        new = made[id(module)] = module.__class__.__new__(module.__class__)
-        new.__dict__.update(module.__dict__)
-        for table in ("_parameters", "_buffers", "_modules"):
-            new.__dict__[table] = dict(module.__dict__[table])
-        for name, child in module._modules.items():
-            new._modules[name] = None if child is None else _skeleton(child, made)
-        for name, value in module.__dict__.items():
-            if isinstance(value, types.MethodType) and value.__self__ is module:
-                new.__dict__[name] = types.MethodType(value.__func__, new)
-    return made[id(module)]
+_PLAIN = frozenset({bool, int, float, str, type(None), torch.device, torch.dtype, torch.Size, type})
+_TABLES = ("_parameters", "_buffers", "_modules")
 
 
-def _fill(
-    skeleton: torch.nn.Module, module: torch.nn.Module, params: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Put the given tensors in the skeleton, under every name that the tensor they stand for has in the module.
+class _Skeleton:
+    """The objects of a module anew, holding the given tensors wherever the module holds its own.
 
-    Buffers are copied, and returned as they were.
+    What refers to the module or its parts by another way than its tables is followed: lists, dicts, bound methods, a
+    parent kept by its child. A function that closes over them can't be.
     """
+
+    def __init__(self, given: dict[int, torch.Tensor]) -> None:
+        self.given = given  # by the identity of the tensor that each stands for
+        self.made: dict[int, torch.nn.Module] = {}
+
+    def of(self, module: torch.nn.Module) -> torch.nn.Module:
+        """The skeleton of a module; a part that is shared stays shared."""
+        made = self.made.get(id(module))
+        if made is not None:
+            return made
+        new = self.made[id(module)] = object.__new__(type(module))
+        attributes = module.__dict__
+        new.__dict__.update(attributes)
+        for table in _TABLES:
+            new.__dict__[table] = dict(attributes[table])
+        tensors: Any = (new._parameters, new._buffers)  # no Parameter goes in, as functional_call has it
+        for own in tensors:
+            own.update({name: self.given.get(id(t), t) for name, t in own.items()})
+        for name, child in module._modules.items():
+            new._modules[name] = None if child is None else self.of(child)
+        new.__dict__["_compiled_call_impl"] = None  # `module.compile()` has compiled the calls of the module itself
+        for name, value in attributes.items():
+            if type(value) not in _PLAIN and name not in _TABLES:
+                new.__dict__[name] = self.follow(value, module, name)
+        return new
+
+    def follow(self, value: Any, module: torch.nn.Module, name: str) -> Any:
+        """A value of an attribute, with the module's own parts and tensors in it replaced."""
+        if isinstance(value, torch.nn.Module):
+            return self.made.get(id(value)) or (self.of(value) if self.is_part(value) else value)
+        if isinstance(value, torch.Tensor):
+            return self.given.get(id(value), value)
+        if type(value) in (list, tuple):
+            return type(value)(self.follow(item, module, name) for item in value) if value else value
+        if type(value) in (dict, OrderedDict):
+            return type(value)((k, self.follow(v, module, name)) for k, v in value.items()) if value else value
+        if isinstance(value, types.MethodType):
+            return types.MethodType(value.__func__, self.follow(value.__self__, module, name))
+        if isinstance(value, functools.partial):
+            arguments = [self.follow(x, module, name) for x in value.args]
+            keywords = {k: self.follow(v, module, name) for k, v in value.keywords.items()}
+            return functools.partial(self.follow(value.func, module, name), *arguments, **keywords)
+        if isinstance(value, types.FunctionType):
+            for cell in value.__closure__ or ():
+                if cell != types.CellType() and self.holds_part(cell.cell_contents):
+                    raise UnsupportedError(
+                        f"{type(module).__name__}.{name} is a function that closes over a part of the module: it would "
+                        "compute with the module's own parameters",
+                        hint="Make it a method, or cross a function that calls torch.func.functional_call",
+                    )
+        return value
+
+    def is_part(self, module: torch.nn.Module) -> bool:
+        """Whether a module holds a tensor that is replaced."""
+        return any(id(t) in self.given for t in (*module.parameters(), *module.buffers()))
+
+    def holds_part(self, value: Any) -> bool:
+        """Whether a value of a closure is, or holds, what is replaced."""
+        if isinstance(value, types.MethodType):
+            value = value.__self__
+        if isinstance(value, torch.nn.Module):
+            return self.is_part(value)
+        if isinstance(value, types.FunctionType):
+            return any(self.holds_part(c.cell_contents) for c in value.__closure__ or () if c != types.CellType())
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+        return id(value) in self.given or any(map(self.holds_part, items))
+
+
+def _matched(
+    module: torch.nn.Module, params: Mapping[str, torch.Tensor]
+) -> tuple[dict[int, torch.Tensor], dict[str, torch.Tensor]]:
+    """The given tensors by the identity of those that they stand for, and copies of the buffers; the buffers before."""
     buffers = dict(module.named_buffers(remove_duplicate=False))
     wanted = dict(module.named_parameters(remove_duplicate=False)) | buffers
     params = {name.removeprefix(_COMPILED): value for name, value in params.items()}
     given = {id(wanted[name]): value for name, value in params.items() if name in wanted}
     unknown = sorted(set(params) - set(wanted))
-    missing = [name for name, _ in module.named_parameters() if id(wanted[name]) not in given]
+    missing = [name for name, old in wanted.items() if name not in buffers and id(old) not in given]
     if unknown or missing:
         raise LeafError(
             "the mapping does not fit the module's parameters",
@@ -137,17 +202,13 @@ def _fill(
         )
     before: dict[str, torch.Tensor] = {}
     copies: dict[int, torch.Tensor] = {}
-    for name, old in wanted.items():
-        value = given.get(id(old))
-        if name in buffers:
-            # An integer comes from JAX in 32 bits.
-            value = before[name] = old if value is None else value if value.is_floating_point() else value.to(old.dtype)
-            value = copies.setdefault(id(old), value.clone())
-        path, _, last = name.rpartition(".")
-        owner = skeleton.get_submodule(path)
-        table: Any = owner._buffers if name in buffers else owner._parameters
-        table[last] = value  # a plain tensor, as functional_call has it
-    return before
+    for name, old in buffers.items():
+        value = given.get(id(old), old)
+        # An integer comes from JAX in 32 bits.
+        before[name] = value if value.is_floating_point() or value.is_complex() else value.to(old.dtype)
+        if id(old) not in copies:
+            copies[id(old)] = before[name].clone()
+    return given | copies, before
 
 
 def _buffers(skeleton: torch.nn.Module) -> dict[str, torch.Tensor]:

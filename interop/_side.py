@@ -30,6 +30,7 @@ class Side:
     is_inexact: Callable[[Leaf], bool]
     is_complex: Callable[[Leaf], bool]
     conj: Callable[[Leaf], Leaf]
+    copy: Callable[[Leaf], Leaf]
     zeros_like: Callable[[Leaf], Leaf]
     jvp: Callable[[LeavesFn, Leaves, Leaves], tuple[Leaves, Leaves]]
     vjp: Callable[..., tuple[Leaves, Callable[[Leaves], Leaves]]]
@@ -77,7 +78,8 @@ TORCH = Side(
     is_leaf=lambda x: isinstance(x, torch.Tensor),
     is_inexact=lambda x: x.is_floating_point() or x.is_complex(),
     is_complex=torch.is_complex,
-    conj=torch.conj_physical,
+    conj=lambda x: x.conj().resolve_conj(),  # `conj_physical` has no rule for batches
+    copy=torch.clone,
     zeros_like=torch.zeros_like,
     jvp=_torch_jvp,
     vjp=_torch_vjp,
@@ -92,6 +94,7 @@ JAX = Side(
     is_inexact=lambda x: jnp.issubdtype(x.dtype, jnp.inexact),
     is_complex=jnp.iscomplexobj,
     conj=jnp.conj,
+    copy=lambda x: x,  # nobody writes to an array
     zeros_like=jnp.zeros_like,
     jvp=jax.jvp,
     vjp=jax.vjp,

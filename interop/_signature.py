@@ -37,16 +37,24 @@ def signature_of(fn: Callable[..., Any]) -> inspect.Signature:
 _STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 
 
+class _Omitted:
+    def __repr__(self) -> str:
+        return "..."  # as it is shown in the signature of the binder
+
+
+_OMITTED = _Omitted()
+
+
 def compile_binder(
     signature: inspect.Signature, name: str
 ) -> tuple[Callable[..., tuple[tuple[Any, ...], dict[str, Any]]], tuple[str, ...]]:
     """A function with this very parameter list that returns `(positional, keywords)`, and the names of the positional.
 
     Python binds its calls: a wrong one raises Python's own `TypeError` under the function's name, in 1 us against the
-    11 to 40 of `Signature.bind`. The last name is that of `*args`.
+    11 to 40 of `Signature.bind`. A default is left to the function itself. The last name is that of `*args`.
     """
     parameters = list(signature.parameters.values())
-    namespace: dict[str, Any] = {}
+    namespace: dict[str, Any] = {"omitted": _OMITTED}
     declared: list[str] = []
     positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
@@ -56,10 +64,7 @@ def compile_binder(
     for index, p in enumerate(parameters):
         if p.kind is p.KEYWORD_ONLY and rest is None and "*" not in declared:
             declared.append("*")
-        default = ""
-        if p.default is not p.empty:
-            namespace[f"_default{index}"] = p.default
-            default = f"=_default{index}"
+        default = "" if p.default is p.empty else "=omitted"
         declared.append(_STARS.get(p.kind, "") + p.name + default)
         if index + 1 == only:
             declared.append("/")
@@ -68,7 +73,22 @@ def compile_binder(
     exec(f"def bind({', '.join(declared)}): return ({first}), {{{second}}}", namespace)  # noqa: S102 - of names alone
     bind = namespace["bind"]
     bind.__name__ = bind.__qualname__ = name
-    return bind, (*positional, rest or "")
+    names = (*positional, rest or "")
+    return (functools.partial(_given, bind, names) if "=omitted" in "".join(declared) else bind), names
+
+
+def _given(
+    bind: Callable[..., tuple[tuple[Any, ...], dict[str, Any]]], names: tuple[str, ...], *args: Any, **kwargs: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What was given of a call: behind the first argument that was not, positional ones become keywords."""
+    positional, keywords = bind(*args, **kwargs)
+    if any(value is _OMITTED for value in keywords.values()):
+        keywords = {name: value for name, value in keywords.items() if value is not _OMITTED}
+    count = next((i for i, value in enumerate(positional) if value is _OMITTED), None)
+    if count is None:
+        return positional, keywords
+    late = {n: v for n, v in zip(names[count:], positional[count:], strict=False) if v is not _OMITTED}
+    return positional[:count], {**late, **keywords}
 
 
 def translate_signature(signature: inspect.Signature, host: Side) -> inspect.Signature:

@@ -100,6 +100,7 @@ def test_the_version_is_there() -> None:
 ORDER = [
     "_errors",
     "_private",
+    "_threads",
     "_leaf",
     "_side",
     "_signature",

@@ -209,7 +209,9 @@ def test_a_call_comes_back_as_the_function_is_called() -> None:
 def test_one_spec_for_each_structure() -> None:
     marshaller = Marshaller(f, name="f")
     spec = marshaller.flatten_call((t,), {})[1]
-    assert marshaller.flatten_call((torch.zeros(7),), {"scale": 2.0})[1] is spec
+    assert marshaller.flatten_call((torch.zeros(7),), {})[1] is spec
+    scaled = marshaller.flatten_call((t,), {"scale": 2.0})[1]
+    assert marshaller.flatten_call((t,), {"scale": 3.0})[1] is scaled is not spec  # a default is the function's own
     assert marshaller.flatten_call((t, "static"), {})[1] is not spec
     assert marshaller.flatten_call((t, 1), {})[1] is not marshaller.flatten_call((t, True), {})[1]
 

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import sys
-import threading
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from interop import _errors as errors
 from interop._abstract import Aval, check_promise, check_structure, narrowed
 from interop._derive import Static
+from interop._errors import InteropError
 from interop._in_jax._flat import TorchFlat
 from interop._in_jax._random import refused
 from interop._in_jax._surroundings import NOTHING, TorchState, on_stream
-from interop._leaf import THREAD
 from interop._private import torch as torch_private
 from interop._side import Leaves
+from interop._threads import THREAD, taking_turns
 
-# A function of the user may be entered from several threads of a compiled program; torch modules are not made for that.
-_lock = threading.RLock()
+_LIBRARIES = tuple(str(Path(str(module.__file__)).parent) for module in (errors, torch))
 
 
 def callback(flat: TorchFlat, avals: Sequence[Aval], structure: Static | None, *, trusted: bool) -> Callable[..., None]:
@@ -30,20 +32,45 @@ def callback(flat: TorchFlat, avals: Sequence[Aval], structure: Static | None, *
     state = TorchState.now()
     modes = flat.modes and flat.modes.now()
 
-    def body(context: Any, outs: Any, *buffers: Any) -> None:
-        # Nobody above but JAX's wrapper of this: a thread of XLA's own, and not the one that called the program.
-        THREAD.cannot_wait = sys._getframe(1).f_back is None
+    def run(context: Any, outs: Any, buffers: Any) -> None:
         ins, places = [export_buffer(b) for b in buffers], [export_buffer(out) for out in outs]
         with state.entered(), on_stream(context, (*ins, *places)):
             if trusted:
                 with torch.no_grad():
                     results = flat.leaves(*ins)
             else:
-                with _lock, flat.modes.under(modes) if flat.modes else NOTHING:
+                with taking_turns(), flat.modes.under(modes) if flat.modes else NOTHING:
                     results = _run_untrusted(flat, [t.clone() for t in ins], structure)
             _write(results, places, avals, flat.name)
 
+    def body(context: Any, outs: Any, *buffers: Any) -> None:
+        # Nobody above but JAX's wrapper of this: a thread of XLA's own, and not the one that called the program.
+        THREAD.cannot_wait = sys._getframe(1).f_back is None
+        try:
+            run(context, outs, buffers)
+        except BaseException as error:  # noqa: BLE001 - XLA passes on words alone, and dies of an error that has none
+            raise RuntimeError(_said(error, flat)) from None
+        finally:
+            THREAD.cannot_wait = False
+
     return body
+
+
+def _said(error: BaseException, flat: TorchFlat) -> str:
+    """An error in words: the crossing, the type, the message, and the line of the user's that raised it."""
+    if isinstance(error, InteropError):
+        return f"{type(error).__name__}: {flat.locate(error)}"
+    try:
+        message = str(error)
+    except Exception:  # noqa: BLE001 - the user's own `__str__`
+        message = "(it has no message: its __str__ raises)"
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_ours(f.filename)]
+    lines = "".join(f"\n  {f.filename}:{f.lineno} in {f.name}: {f.line}" for f in frames)
+    return f"{flat.name.partition('.')[0]}: {type(error).__name__}: {message}{lines}"
+
+
+def _is_ours(file: str) -> bool:
+    return file.startswith(_LIBRARIES)
 
 
 def _run_untrusted(flat: TorchFlat, ins: list[torch.Tensor], promised: Static | None) -> Leaves:

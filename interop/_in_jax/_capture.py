@@ -45,6 +45,7 @@ class Capture:
         residuals: the avals of the new residuals.
         inputs: the number of primals.
         inexact: the avals of the outputs that have a derivative.
+        linear: whether the function is linear in the active primals: its backward reads nothing that depends on them.
         draws: whether the forward draws random numbers, so that running it again would not give the same.
     """
 
@@ -55,6 +56,7 @@ class Capture:
     residuals: tuple[Aval, ...]
     inputs: int
     inexact: tuple[Aval, ...]
+    linear: bool
     draws: bool
 
     def find(self, primals: Sequence[Any], results: Sequence[Any]) -> list[Any]:
@@ -105,7 +107,12 @@ def _try_capture(flat: TorchFlat, avals: tuple[Aval, ...], active: Mask) -> Capt
     except Exception as error:
         if flat.levels.example_output is None and _is_of_the_user(error):
             raise
-        _log.debug("%s: gradient recomputed, not captured (%s: %s)", flat.name, type(error).__name__, error)
+        _log.debug(
+            "%s: gradient recomputed, not captured (%s: %s)",
+            flat.name,
+            type(error).__name__,
+            str(error).partition("\n")[0],
+        )
         return None
 
 
@@ -180,7 +187,7 @@ class _Cut:
         outputs: Sequence[Aval],
     ) -> None:
         _drop_copies(module)
-        self.module, self.flat, self.avals, self.count = module, flat, avals, len(outputs)
+        self.module, self.flat, self.avals, self.active, self.count = module, flat, avals, active, len(outputs)
         self.wanted = [aval for aval, a in zip(avals, active, strict=True) if a]
         self.inexact = tuple(aval for aval in outputs if aval.dtype.kind in "fcV")
         nodes = list(module.graph.nodes)
@@ -242,8 +249,13 @@ class _Cut:
             avals,
             len(self.primals),
             self.inexact,
+            self._is_linear(between),
             key is None and any(map(_is_random, self.forward_nodes)),
         )
+
+    def _is_linear(self, between: Sequence[Any]) -> bool:
+        active = {p for p, a in zip(self.primals, self.active, strict=True) if a}
+        return not active & (self._ancestors(between) | set(between))
 
     def _residual_values(self, forward: Callable[..., Any], new: Sequence[Any]) -> Sequence[torch.Tensor]:
         """Tensors like the residuals: fake ones, or those of a trial, for kernels that keep more than they say."""

@@ -243,6 +243,26 @@ def _linear_transpose(
     return [None] * (len(operands) - len(grads)) + list(grads)
 
 
+def _call_transpose(cotangents: Any, *operands: Any, flat: TorchFlat) -> list[Any]:
+    """The transpose of a function that is linear in the operands that are not there."""
+    active = tuple(ad.is_undefined_primal(x) for x in operands)
+    check_differentiable(flat, active)
+    avals = tuple(aval_of(x.aval if a else x) for x, a in zip(operands, active, strict=True))
+    cut = capture(flat, avals, active)
+    if cut is None or not cut.linear:
+        message = (
+            "a transpose of a function that is not linear" if cut else "a transpose of a function that can't be traced"
+        )
+        raise _named_function(flat, UnsupportedError(message, hint="Use jax.vjp"))
+    zeros = [jax.numpy.zeros(v.shape, v.dtype) if a else x for x, v, a in zip(operands, avals, active, strict=True)]
+    results = torch_forward.bind(*jax_private.vary(zeros), flat=flat, active=active, cut=cut)
+    inexact = [c for c, out in zip(cotangents, results, strict=False) if is_inexact(out)]
+    dense = [ad.instantiate_zeros(c) for c in inexact]
+    saved = cut.find(zeros, results)
+    grads = torch_backward.bind(*jax_private.vary([*saved, *zeros, *dense]), flat=flat, active=active, cut=cut)
+    return list(fill((None,) * len(active), active, tuple(grads)))
+
+
 def _transposed(
     flat: TorchFlat, residuals: Any, primals: Any, given: Any, active: Mask, present: Mask, source: Any, outs: Any
 ) -> Any:
@@ -448,4 +468,5 @@ ad.primitive_jvps[torch_call] = _call_jvp
 ad.primitive_jvps[torch_forward] = _forward_jvp
 ad.primitive_jvps[torch_linear] = _linear_jvp
 ad.primitive_jvps[torch_backward] = _backward_jvp
+ad.primitive_transposes[torch_call] = _call_transpose
 ad.primitive_transposes[torch_linear] = _linear_transpose

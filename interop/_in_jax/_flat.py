@@ -11,16 +11,16 @@ import jax
 import numpy as np
 import torch
 
-from interop._abstract import Aval, Outputs, check_promise, check_structure, infer_torch, narrowed
+from interop._abstract import Aval, Outputs, aval_of, check_promise, check_structure, infer_torch, narrowed
 from interop._derive import NOTHING, Axes, Flat, FlatFn, Mask, Static, derive_jvp, derive_vjp, derive_vmap
 from interop._errors import InteropError, PrecisionError
 from interop._in_jax._random import seeding
 from interop._in_jax._surroundings import TorchState
 from interop._in_jax._ways import (
+    again,
     composite,
     first_that_runs,
     jvp_by_transposes,
-    keeping,
     loop,
     vjp_by_autograd,
     vmap_with,
@@ -102,7 +102,7 @@ class TorchFlat(Flat):
 
     def _jvp(self, nonzero: Mask) -> Self:
         base = self.exact or self
-        forward, twice = keeping(derive_jvp(base, nonzero)), keeping(jvp_by_transposes(base, nonzero))
+        forward, twice = self._again(derive_jvp(base, nonzero)), self._again(jvp_by_transposes(base, nonzero))
         ways = {
             "jvp": (forward, twice, composite(forward), composite(twice)),
             "jvp by transposes": (twice, composite(twice)),
@@ -120,8 +120,8 @@ class TorchFlat(Flat):
 
     def _vjp(self, nonzero: Mask, present: Mask) -> Self:
         base = self.exact or self
-        transpose = keeping(derive_vjp(base, nonzero, present))
-        by_autograd = keeping(vjp_by_autograd(base, nonzero, present))
+        transpose = self._again(derive_vjp(base, nonzero, present))
+        by_autograd = self._again(vjp_by_autograd(base, nonzero, present))
         name = f"{self.name}.vjp"
         vjp = self._derived("vjp", first_that_runs(name, transpose, composite(transpose), by_autograd))
         vjp.known = lambda avals: replace(
@@ -131,6 +131,9 @@ class TorchFlat(Flat):
         )
         return vjp
 
+    def _again(self, fn: FlatFn) -> FlatFn:
+        return again(self, fn, keyed=self.key is not None)
+
     def vmap(self, in_axes: Axes) -> Self:
         """The function over a batch: by `torch.func.vmap`, or by a loop where asked for, or torch has no rule."""
         return self.memo(("vmap", in_axes), lambda: self._vmap(in_axes))
@@ -138,7 +141,7 @@ class TorchFlat(Flat):
     def _vmap(self, in_axes: Axes) -> Self:
         # Each example draws numbers of its own, unless they come from a key that all of them share.
         randomness = "different" if self.key is None else "same"
-        by_rule = derive_vmap(self, in_axes, vmap_with(randomness))
+        by_rule = self._of_the_same_dtypes(derive_vmap(self, in_axes, vmap_with(randomness)), in_axes)
         ways = (loop(self, in_axes),) if self.levels.vmap == "sequential" else (
             by_rule, composite(by_rule), loop(self, in_axes)
         )  # fmt: skip
@@ -147,6 +150,20 @@ class TorchFlat(Flat):
         batched.exact = self.exact and self.exact.vmap(in_axes)
         batched.known = lambda avals: _batched(self, avals, in_axes)
         return batched
+
+    def _of_the_same_dtypes(self, by_rule: FlatFn, in_axes: Axes) -> FlatFn:
+        """A batch whose results have the dtypes that a trace has promised: below `vmap`, autocast does not cast."""
+
+        def fn(*leaves: Leaf) -> tuple[Leaves, Static]:
+            outs, structure = by_rule(*leaves)
+            example = tuple(_without_axis(aval_of(x), axis) for x, axis in zip(leaves, in_axes, strict=True))
+            promised: Outputs | None = self.memos.get(("outputs", example, self.surroundings()))
+            for out, aval in zip(outs, promised.avals if promised else (), strict=False):
+                if is_inexact(aval) and NUMPY_OF[out.dtype] != aval.dtype:
+                    raise TypeError(f"a batch of {describe(out)} where one example is {describe(aval)}")
+            return outs, structure
+
+        return fn
 
     def _derived(self, kind: str, fn: FlatFn) -> Self:
         return replace(self.derived(kind, fn), exact=None, known=None, origin=None)
@@ -179,9 +196,12 @@ def _batched(flat: TorchFlat, avals: Sequence[Aval], in_axes: Axes) -> Outputs:
     """The outputs over a batch, from those of one example."""
     pairs = list(zip(avals, in_axes, strict=True))
     size = next(aval.shape[axis] for aval, axis in pairs if axis is not None)
-    example = [Aval(tuple(n for i, n in enumerate(aval.shape) if i != axis), aval.dtype) for aval, axis in pairs]
-    outputs = flat.outputs(tuple(example))
+    outputs = flat.outputs(tuple(_without_axis(aval, axis) for aval, axis in pairs))
     return replace(outputs, avals=tuple(Aval((size, *aval.shape), aval.dtype) for aval in outputs.avals))
+
+
+def _without_axis(aval: Aval, axis: int | None) -> Aval:
+    return Aval(tuple(n for i, n in enumerate(aval.shape) if i != axis), aval.dtype)
 
 
 def _kept(aval: Aval) -> np.dtype[Any]:

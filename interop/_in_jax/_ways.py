@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from interop._derive import NOTHING, Flat, FlatFn, Mask, Static, inexact_part, pick
 from interop._errors import AbstractEvalError, InteropError
+from interop._in_jax._random import refused
 from interop._private import torch as torch_private
 from interop._side import TORCH, Leaf, Leaves
 
@@ -46,14 +47,22 @@ def first_that_runs(name: str, *ways: FlatFn) -> FlatFn:
     return run
 
 
-def keeping(fn: FlatFn) -> FlatFn:
-    """The function with all that its backward needs kept: what would run again, would run with other parameters."""
+def again(flat: Flat, fn: FlatFn, *, keyed: bool) -> FlatFn:
+    """A derivative that runs its function again: with all that backward needs kept, and without random numbers.
 
-    def kept(*leaves: Leaf) -> tuple[Leaves, Static]:
+    What a checkpoint would run once more, would run with other parameters; and without a key, other numbers are drawn.
+    """
+
+    def run(*leaves: Leaf) -> tuple[Leaves, Static]:
+        watched = not keyed and not any(map(torch_private.is_traced, leaves))
+        before = torch.get_rng_state() if watched else None
         with torch_private.everything_is_saved():
-            return fn(*leaves)
+            result = fn(*leaves)
+        if before is not None and not torch.equal(before, torch.get_rng_state()):
+            raise refused(flat.name, "a derivative ran it again, and drew others")
+        return result
 
-    return kept
+    return run
 
 
 # --- derivatives ------------------------------------------------------------------------------------------------------
@@ -250,8 +259,44 @@ def _steps(
     return torch.stack(outs[::-1] if reverse else outs), state
 
 
+def _embedding_bag(
+    indices: Leaf,
+    weight: Leaf,
+    offsets: Leaf | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Leaf | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Leaf:
+    """Sums of embeddings; what is not one keeps its kernel."""
+    if mode == "max" or max_norm is not None or padding_idx is not None or scale_grad_by_freq or sparse:
+        return F.embedding_bag(
+            indices, weight, offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights,
+            include_last_offset, padding_idx,
+        )  # fmt: skip
+    rows = F.embedding(indices, weight)
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights.unsqueeze(-1)
+    if offsets is None:
+        return rows.mean(1) if mode == "mean" else rows.sum(1)
+    starts = offsets[:-1] if include_last_offset else offsets
+    bags = torch.bucketize(torch.arange(len(indices), device=indices.device), starts, right=True) - 1
+    sums = torch.zeros(len(starts), rows.size(-1), dtype=rows.dtype, device=rows.device).index_add(0, bags, rows)
+    if mode == "sum":
+        return sums
+    counts = torch.zeros(len(starts), dtype=rows.dtype, device=rows.device).index_add(
+        0, bags, torch.ones_like(rows[:, 0])
+    )
+    return sums / counts.clamp(min=1).unsqueeze(-1)
+
+
 _COMPOSITES: dict[Any, Callable[..., Any]] = {
     F.scaled_dot_product_attention: _attention,
+    F.embedding_bag: _embedding_bag,
     torch.lstm: _recurrent(_lstm_cell, torch.lstm),
     torch.gru: _recurrent(_gru_cell, torch.gru),
     torch.rnn_tanh: _recurrent(_rnn_cell(torch.tanh), torch.rnn_tanh),

@@ -22,7 +22,6 @@ from interop._in_torch._residuals import Plan, with_residuals
 from interop._in_torch._sizes import avals_of, is_open, shaped
 from interop._leaf import (
     PLAIN,
-    THREAD,
     TORCH_OF,
     WIDE_FLOATS,
     argument_of,
@@ -30,7 +29,6 @@ from interop._leaf import (
     export,
     jax_dtype,
     refuse_two_devices,
-    refuse_waiting,
     resolve,
     too_large,
     view_of,
@@ -38,6 +36,7 @@ from interop._leaf import (
 from interop._private import jax as jax_private
 from interop._private import torch as torch_private
 from interop._side import Leaf, Leaves
+from interop._threads import THREAD, refuse_waiting, turn_given_away
 
 _Result: TypeAlias = "tuple[Sequence[torch.Tensor], Any]"
 _SYMBOLS = frozenset({torch.SymInt, torch.SymFloat})  # numbers that a trace of torch keeps open
@@ -60,8 +59,8 @@ _config: Any = jax.config
 
 def call(flat: JaxFlat, leaves: Sequence[Leaf]) -> _Result:
     """Call the function on tensors and Python numbers; returns `(tensors, structure)`."""
-    if THREAD.cannot_wait:
-        refuse_waiting()
+    if THREAD.cannot_wait or THREAD.turns:
+        return _call_nested(flat, leaves)
     if _config.jax_enable_x64:
         flat = flat.wide()
     if _functorch_active() or _forward_ad._current_level >= 0:
@@ -87,6 +86,19 @@ def call(flat: JaxFlat, leaves: Sequence[Leaf]) -> _Result:
         return _call_differentiated(flat, leaves, arrays)
     outs, structure = run(flat, arrays)
     return [_from_capsule(_capsule_of(out)) for out in outs], structure.value  # `export`, without its frame
+
+
+def _call_nested(flat: JaxFlat, leaves: Sequence[Leaf]) -> _Result:
+    """A call from inside a compiled program of JAX."""
+    before = THREAD.cannot_wait
+    if before:
+        refuse_waiting()
+    THREAD.cannot_wait = False
+    try:
+        with turn_given_away():
+            return call(flat, leaves)
+    finally:
+        THREAD.cannot_wait = before
 
 
 def _call_transformed(flat: JaxFlat, leaves: Sequence[Leaf]) -> _Result:
