@@ -42,15 +42,13 @@ class ModuleFunction:
 
     def __call__(self, params: Mapping[str, torch.Tensor], /, *args: Any, **kwargs: Any) -> Any:
         given, before = _matched(self.module, params)
-        skeleton = _Skeleton(given).of(self.module)
-        for part, training in zip(skeleton.modules(), self.training.now(), strict=True):
-            part.training = training
-        versions = {name: _version(buffer) for name, buffer in _buffers(skeleton).items()}
+        skeleton = _Skeleton(given, self.training.by_part()).of(self.module)
+        put = {name: (buffer, _version(buffer)) for name, buffer in _buffers(skeleton).items()}
         out = skeleton(*args, **kwargs)
         after = _buffers(skeleton)
         if self.mutable:
             return out, after
-        _refuse_updates(skeleton, before, after, versions)
+        _refuse_updates(skeleton, before, after, put)
         return out
 
     @property
@@ -72,6 +70,10 @@ class _Training(threading.local):
 
     def now(self) -> tuple[bool, ...]:
         return self.traced or tuple(part.training for part in self.module.modules())
+
+    def by_part(self) -> dict[int, bool]:
+        """The same by the identity of the part, in a compiled program; empty where the module itself says it."""
+        return dict(zip(map(id, self.module.modules()), self.traced, strict=True)) if self.traced else {}
 
     @contextlib.contextmanager
     def under(self, modes: tuple[bool, ...]) -> Generator[None]:
@@ -108,6 +110,7 @@ class ClosedOver:
 
 _PLAIN = frozenset({bool, int, float, str, type(None), torch.device, torch.dtype, torch.Size, type})
 _TABLES = ("_parameters", "_buffers", "_modules")
+_NOT_FOLLOWED = frozenset({*_TABLES, "_compiled_call_impl"})
 
 
 class _Skeleton:
@@ -117,8 +120,9 @@ class _Skeleton:
     parent kept by its child. A function that closes over them can't be.
     """
 
-    def __init__(self, given: dict[int, torch.Tensor]) -> None:
+    def __init__(self, given: dict[int, torch.Tensor], training: dict[int, bool]) -> None:
         self.given = given  # by the identity of the tensor that each stands for
+        self.training = training
         self.made: dict[int, torch.nn.Module] = {}
 
     def of(self, module: torch.nn.Module) -> torch.nn.Module:
@@ -126,6 +130,10 @@ class _Skeleton:
         made = self.made.get(id(module))
         if made is not None:
             return made
+        if hasattr(module, "_orig_mod"):  # compiled code is bound to the module that it was made from
+            original: Any = module._orig_mod
+            new = self.made[id(module)] = self.of(original)
+            return new
         new = self.made[id(module)] = object.__new__(type(module))
         attributes = module.__dict__
         new.__dict__.update(attributes)
@@ -136,9 +144,10 @@ class _Skeleton:
             own.update({name: self.given.get(id(t), t) for name, t in own.items()})
         for name, child in module._modules.items():
             new._modules[name] = None if child is None else self.of(child)
+        new.training = self.training.get(id(module), module.training)
         new.__dict__["_compiled_call_impl"] = None  # `module.compile()` has compiled the calls of the module itself
         for name, value in attributes.items():
-            if type(value) not in _PLAIN and name not in _TABLES:
+            if type(value) not in _PLAIN and name not in _NOT_FOLLOWED:
                 new.__dict__[name] = self.follow(value, module, name)
         return new
 
@@ -219,7 +228,7 @@ def _refuse_updates(
     skeleton: torch.nn.Module,
     before: dict[str, torch.Tensor],
     after: dict[str, torch.Tensor],
-    versions: dict[str, int],
+    put: dict[str, tuple[torch.Tensor, int]],
 ) -> None:
     """Raise for a module that wrote to its buffers. Batch statistics are updated in place, and no version tells."""
     statistics = [
@@ -233,7 +242,10 @@ def _refuse_updates(
     written = [
         name
         for name, now in after.items()
-        if _version(now) != versions.get(name) or (training and _differs(now, before[name]))
+        if name not in put
+        or now is not put[name][0]
+        or _version(now) != put[name][1]
+        or (training and _differs(now, before[name]))
     ]
     names = list(dict.fromkeys(statistics + written))
     if names:

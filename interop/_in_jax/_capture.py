@@ -159,6 +159,16 @@ def _joint(flat: TorchFlat, active: Mask) -> Callable[..., tuple[Any, Any]]:
     return joint
 
 
+def _bernoulli_like(x: torch.Tensor, p: float) -> torch.Tensor:
+    return torch.empty_like(x).bernoulli_(p)
+
+
+_INSTEAD: dict[Any, Any] = {
+    _ATEN.view.default: _ATEN.reshape.default,  # XLA hands residuals over densely packed
+    _ATEN._unsafe_view.default: _ATEN.reshape.default,
+    _ATEN.bernoulli.p: _bernoulli_like,  # it draws in another order than a dropout, where the axes are permuted
+}
+
 # These write to running statistics, and their schemas don't say so.
 _STATISTICS = frozenset(
     {_ATEN.native_batch_norm.default, _ATEN.cudnn_batch_norm.default, _ATEN.miopen_batch_norm.default}
@@ -166,13 +176,26 @@ _STATISTICS = frozenset(
 
 
 def _drop_copies(module: torch.fx.GraphModule) -> None:
-    """Nothing is written to in the graph any more: a copy of an input or a constant is that itself."""
+    """A copy of an input or a constant is that itself, where nothing that is made from it is written to."""
     for node in module.graph.find_nodes(op="call_function", target=_ATEN.clone.default):
-        if node.args[0].op in ("placeholder", "get_attr") and not any(
-            user.target in _STATISTICS for user in node.users
-        ):
+        if node.args[0].op in ("placeholder", "get_attr") and not any(map(_writes, _descendants(node))):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
+
+
+def _writes(node: Any) -> bool:
+    return torch_private.writes(node) or node.target in _STATISTICS
+
+
+def _descendants(node: Any) -> set[Any]:
+    found: set[Any] = set()
+    waiting = list(node.users)
+    while waiting:
+        user = waiting.pop()
+        if user not in found:
+            found.add(user)
+            waiting.extend(user.users)
+    return found
 
 
 class _Cut:
@@ -280,8 +303,7 @@ class _Cut:
                 and node.op not in ("placeholder", "output")
             ):
                 copied[node] = graph.node_copy(node, copied.__getitem__)
-                if node.target in (_ATEN.view.default, _ATEN._unsafe_view.default):
-                    copied[node].target = _ATEN.reshape.default  # XLA hands residuals over densely packed
+                copied[node].target = _INSTEAD.get(node.target, node.target)
         graph.output(tuple(copied[n] if isinstance(n, torch.fx.Node) else n for n in outputs))
         graph.eliminate_dead_code()
         return torch.fx.GraphModule(self.module, graph).forward

@@ -171,6 +171,7 @@ def _call_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, flat: TorchFla
     active = tuple(type(t) is not _Zero for t in tangents)
     check_differentiable(flat, active)
     given = [t for t in tangents if type(t) is not _Zero]
+    flat = flat.exact or flat  # it is differentiated again
     outs, source, residuals = _linearized(flat, primals, active, given)
     return outs, _linear(flat, outs, residuals, primals, given, active, source)
 

@@ -20,6 +20,7 @@ from interop._in_jax._ways import (
     again,
     composite,
     first_that_runs,
+    jvp_by_autograd,
     jvp_by_transposes,
     loop,
     vjp_by_autograd,
@@ -103,14 +104,11 @@ class TorchFlat(Flat):
     def _jvp(self, nonzero: Mask) -> Self:
         base = self.exact or self
         forward, twice = self._again(derive_jvp(base, nonzero)), self._again(jvp_by_transposes(base, nonzero))
-        ways = {
-            "jvp": (forward, twice, composite(forward), composite(twice)),
-            "jvp by transposes": (twice, composite(twice)),
-        }
-        quick, exact = (
-            self._derived("jvp", first_that_runs(f"{self.name}.{name}", *fns)) for name, fns in ways.items()
-        )
-        quick.exact = exact
+        in_torchs_way = self._again(jvp_by_autograd(base, nonzero))
+        name = f"{self.name}.jvp"
+        ways = forward, twice, composite(forward), composite(twice), in_torchs_way
+        quick = self._derived("jvp", first_that_runs(name, *ways))
+        quick.exact = exact = self._derived("jvp", first_that_runs(name, twice, composite(twice), in_torchs_way))
         quick.known = exact.known = lambda avals: _some(self.outputs(tuple(avals[: len(nonzero)])), is_inexact)
         return quick
 

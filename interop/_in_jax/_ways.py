@@ -86,32 +86,56 @@ def jvp_by_transposes(flat: Flat, nonzero: Mask) -> FlatFn:
     return jvp
 
 
+def jvp_by_autograd(flat: Flat, nonzero: Mask) -> FlatFn:
+    """The same by torch's own backward, for what `torch.func` does not take: an old-style autograd function."""
+    count = len(nonzero)
+
+    def jvp(*leaves: Leaf) -> tuple[Leaves, Static]:
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            primals, outs = _recorded(flat, leaves[:count], nonzero)
+            outs = tuple(out for out in outs if TORCH.is_inexact(out))
+            points = [torch.zeros_like(out, requires_grad=True) for out in outs]
+            grads = _gradients(outs, pick(primals, nonzero), points, create_graph=True)
+            moved = _gradients(grads, points, leaves[count:], create_graph=again)
+        return tuple(moved), NOTHING
+
+    return jvp
+
+
 def vjp_by_autograd(flat: Flat, nonzero: Mask, present: Mask) -> FlatFn:
-    """The transpose by torch's own backward, for what `torch.func` does not take: an old-style autograd function."""
+    """The transpose by torch's own backward."""
     count = len(nonzero)
 
     def vjp(*leaves: Leaf) -> tuple[Leaves, Static]:
-        again = torch.is_grad_enabled()
+        again, given = torch.is_grad_enabled(), iter(leaves[count:])
         with torch.enable_grad():
-            primals = tuple(
-                x if not active or x.requires_grad else x.detach().requires_grad_()
-                for x, active in zip(leaves[:count], nonzero, strict=True)
-            )
-            outs = flat.leaves(*[x.clone() if active else x for x, active in zip(primals, nonzero, strict=True)])
-        given = iter(leaves[count:])
+            primals, outs = _recorded(flat, leaves[:count], nonzero)
         cotangents = [TORCH.conjugated(next(given)) if p else None for p in present]
-        pairs = [(o, c) for o, c in zip(outs, cotangents, strict=True) if c is not None and o.requires_grad]
-        active = pick(primals, nonzero)
-        grads: Sequence[Any] = (None,) * len(active)
-        if pairs:
-            grads = torch.autograd.grad(
-                [o for o, _ in pairs], active, [c for _, c in pairs], allow_unused=True, create_graph=again
-            )
-        return tuple(
-            torch.zeros_like(x) if g is None else TORCH.conjugated(g) for x, g in zip(active, grads, strict=True)
-        ), NOTHING
+        grads = _gradients(outs, pick(primals, nonzero), cotangents, create_graph=again)
+        return tuple(map(TORCH.conjugated, grads)), NOTHING
 
     return vjp
+
+
+def _recorded(flat: Flat, primals: Leaves, nonzero: Mask) -> tuple[Leaves, Leaves]:
+    """The primals as autograd takes them, and the outputs; they may be part of a graph already."""
+    primals = tuple(
+        x if not active or x.requires_grad else x.detach().requires_grad_()
+        for x, active in zip(primals, nonzero, strict=True)
+    )
+    return primals, flat.leaves(*[x.clone() for x in primals])
+
+
+def _gradients(outs: Sequence[Any], inputs: Sequence[Leaf], cotangents: Sequence[Any], *, create_graph: bool) -> Leaves:
+    """Gradients, zero where there is none; a cotangent that is None is zero."""
+    pairs = [(o, c) for o, c in zip(outs, cotangents, strict=True) if c is not None and o.requires_grad]
+    grads: Sequence[Any] = (None,) * len(inputs)
+    if pairs:
+        grads = torch.autograd.grad(
+            [o for o, _ in pairs], inputs, [c for _, c in pairs], allow_unused=True, create_graph=create_graph
+        )
+    return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=True))
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -159,7 +183,10 @@ def composite(fn: FlatFn) -> FlatFn:
 class _Composite(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         run: Any = _COMPOSITES.get(func, func)
-        return run(*args, **(kwargs or {}))
+        if run is not _attention_with_projections:
+            return run(*args, **(kwargs or {}))
+        with self:  # made of others that are to be taken apart
+            return run(*args, **(kwargs or {}))
 
 
 def _attention(
@@ -294,8 +321,10 @@ def _embedding_bag(
     return sums / counts.clamp(min=1).unsqueeze(-1)
 
 
+_attention_with_projections = torch_private.without_overrides(F.multi_head_attention_forward)
 _COMPOSITES: dict[Any, Callable[..., Any]] = {
     F.scaled_dot_product_attention: _attention,
+    F.multi_head_attention_forward: _attention_with_projections,
     F.embedding_bag: _embedding_bag,
     torch.lstm: _recurrent(_lstm_cell, torch.lstm),
     torch.gru: _recurrent(_gru_cell, torch.gru),

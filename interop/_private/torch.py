@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import types
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
@@ -49,6 +50,13 @@ dispatch_modes: Callable[[], int] = getattr(_C, "_len_torch_dispatch_stack", Non
 
 # The number of function modes in this thread; a default device is one.
 function_modes: Callable[[], int] = getattr(_C, "_len_torch_function_stack", None) or _always
+
+
+def without_overrides(fn: Any) -> Callable[..., Any]:
+    """A function of torch's own, written in Python, that does not ask whether a mode wants to run in its stead."""
+    names = {name: lambda *_: False for name in fn.__globals__ if name.startswith("has_torch_function")}
+    return types.FunctionType(fn.__code__, fn.__globals__ | names, fn.__name__, fn.__defaults__, fn.__closure__)
+
 
 # --- abstract evaluation ----------------------------------------------------------------------------------------------
 
@@ -409,12 +417,13 @@ def trace(fn: Callable[..., Any], *args: Any) -> torch.fx.GraphModule:
     from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415 - costs a second; only a capture pays
 
     module = make_fx(fn, tracing_mode="fake", _allow_non_fake_inputs=True)(*args)
-    if any(_writes(node) for node in module.graph.nodes):
+    if any(map(writes, module.graph.nodes)):
         with torch.no_grad():  # the gradients are in the graph already
             module = make_fx(torch.func.functionalize(module), tracing_mode="fake", _allow_non_fake_inputs=True)(*args)
     return module
 
 
-def _writes(node: Any) -> bool:
+def writes(node: Any) -> bool:
+    """Whether an operation of a graph says that it writes to an argument."""
     schema = getattr(node.target, "_schema", None)
     return bool(schema and schema.is_mutable)
