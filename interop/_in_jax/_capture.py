@@ -256,6 +256,8 @@ class _Cut:
         if any(_is_random(n) for n in self.backward_nodes):
             raise TypeError("the gradient draws random numbers")
         forward = self._graph(self.primals, [*self.outs, *new], self.forward_nodes)
+        if any(map(_is_fused, self.forward_nodes)):
+            forward = torch.enable_grad()(forward)  # else the kernel leaves out the workspace that its backward reads
         values = self._residual_values(forward, new)
         if any(v.dtype in WIDE_FLOATS for v in values) and not x64_enabled():
             raise TypeError("a residual is a 64-bit float")
@@ -285,7 +287,7 @@ class _Cut:
         values = [n.meta["val"] for n in new]
         if any(not isinstance(size, int) for v in values for size in v.shape):
             raise TypeError("the shape of a residual depends on values")
-        if any("mkldnn" in str(n.target) or _is_narrow(n) for n in self.forward_nodes):
+        if any(_is_fused(n) or _is_narrow(n) for n in self.forward_nodes):
             zeros = [torch.zeros(a.shape, dtype=TORCH_OF[a.dtype], device="cpu") for a in self.avals]
             with torch.no_grad():
                 values = list(forward(*zeros))[self.count :]
@@ -318,6 +320,10 @@ class _Cut:
 
 def _is_random(node: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _is_fused(node: Any) -> bool:
+    return "mkldnn" in str(node.target)
 
 
 def _is_narrow(node: Any) -> bool:
