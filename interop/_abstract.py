@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from interop._derive import Flat, Static
-from interop._errors import AbstractEvalError, OutputMismatchError
+from interop._errors import AbstractEvalError, OutputMismatchError, UnsupportedError
 from interop._leaf import NUMPY_OF, TORCH_OF, WIDE_INTS, describe, narrow
 from interop._private import torch as torch_private
 
@@ -65,6 +65,10 @@ def infer_torch(flat: Flat, avals: Sequence[Aval]) -> Outputs:
     Real tensors that the function closes over (weights, buffers) are allowed. What can't run without values raises
     `AbstractEvalError`, naming `example_output`.
     """
+    if any(not isinstance(size, int) for aval in avals for size in aval.shape):
+        raise UnsupportedError(
+            f"torch runs on shapes that are known: {_list(avals)}", hint="Trace it with numbers in the place of symbols"
+        )
     watch = torch_private.RandomnessWatch()
     try:
         # In anomaly mode a derivative would look at values.

@@ -139,9 +139,10 @@ class Entry:
 
     def _key(self, kwargs: dict[str, Any]) -> list[Leaf]:
         """The data of the key among the arguments, which is taken out of them."""
-        if self.rng not in kwargs:
-            raise TypeError(f"{self.record.name}() missing 1 required keyword-only argument: '{self.rng}'")
-        return [key_data(kwargs.pop(self.rng), self.rng)]
+        name = str(self.rng)
+        if name not in kwargs:
+            raise TypeError(f"{self.record.name}() missing 1 required keyword-only argument: '{name}'")
+        return [_key_data(kwargs.pop(name), name)]
 
     def _call(self, leaves: list[Leaf], spec: Spec, key: list[Leaf]) -> Any:
         """A call with a key, with leaves that need converting, or with numbers that have to be constants."""
@@ -215,12 +216,12 @@ class Entry:
 
         levels = Levels(record.differentiable, record.jittable, promised, record.jit, record.vmap)
         nondiff = tuple(spec.argnames[i] in record.nondiff_argnames for i in dynamic) if record.nondiff_argnames else ()
-        lost = functools.partial(find_closed_over, function, _would_be_lost)
+        lost = functools.partial(find_closed_over, function, _would_be_lost, spec.names)
         known = (guest, fn, record.name, levels, nondiff, lambda i: spec.path(dynamic[i]), lost)
         if guest is TORCH:
             modes = function.training if isinstance(function, ModuleFunction) else ClosedOver(function)
             flat = _in_jax.TorchFlat(*known, modes=modes)
-            return flat if record.rng is None else _in_jax.keyed(flat, len(dynamic), f"argument {record.rng}")
+            return flat if record.rng is None else _in_jax.keyed(flat, len(dynamic), record.rng)
         return _in_torch.JaxFlat(*known, located=functools.partial(_located_call, record, spec, numbers, impls))
 
 
@@ -339,16 +340,15 @@ def _array_given(leaf: Leaf, kind: Kind) -> Any:
     return tensor_to_array(leaf.detach().clone(), x64=x64_enabled())
 
 
-def key_data(key: Any, name: str) -> Any:
+def _key_data(key: Any, name: str) -> Any:
     """The data of a key of JAX, typed or raw."""
-    if isinstance(key, jax.Array):
+    if isinstance(key, jax.Array | np.ndarray):
         if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
             key = jax.random.key_data(key)
-        if key.dtype == np.uint32 and key.ndim == 1:
-            return key
-    error = LeafError("it is no key of JAX", got=describe(key) if hasattr(key, "dtype") else type(key).__name__,
-                      expected="jax.random.key(seed), or its data")  # fmt: skip
-    error.argument = f"argument {name}"
+        if key.dtype == np.uint32 and key.shape in ((2,), (4,)):  # of threefry, of rbg
+            return jax.numpy.asarray(key)
+    error = LeafError("it is no key of JAX", got=describe(key), hint="Pass jax.random.key(seed), or its data")
+    error.argument = name
     raise error
 
 
@@ -414,6 +414,9 @@ def _check_argnames(record: Record, signature: inspect.Signature) -> None:
         if unknown:
             error = OptionError(f"{option} names {unknown[0]!r}, which is no parameter", expected=_bare(signature))
             raise _located(error, record.name)
+    if record.rng in signature.parameters:
+        error = OptionError(f"rng names {record.rng!r}, which is a parameter already", expected="a name of its own")
+        raise _located(error, record.name)
 
 
 def _bare(signature: inspect.Signature) -> str:

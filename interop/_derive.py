@@ -46,7 +46,7 @@ class Levels:
     vmap: str = "auto"  # as_jax: "auto" or "sequential"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Flat:
     """A flat function of one side, with what has been derived from it.
 
@@ -69,6 +69,9 @@ class Flat:
     lost: Callable[[], str | None] | None = None
     memos: dict[Hashable, Any] = field(default_factory=dict[Hashable, Any], repr=False)
     lock: Any = field(default_factory=threading.RLock, repr=False)
+
+    def __repr__(self) -> str:
+        return self.name  # in a program of JAX, which shows it
 
     def leaves(self, *leaves: Leaf) -> Leaves:
         """The outputs alone."""

@@ -111,7 +111,15 @@ def describe(leaf: Any) -> str:
 # --- devices ----------------------------------------------------------------------------------------------------------
 
 _DEVICES: dict[torch.device, Any] = {}
-os.register_at_fork(after_in_child=_DEVICES.clear)  # JAX's threads do not survive it: the child asks again, and is told
+
+
+def _forget_devices() -> None:
+    """JAX's threads do not survive a fork: the child asks for its devices again, and is told."""
+    _DEVICES.clear()
+    AT_HOME.clear()
+
+
+os.register_at_fork(after_in_child=_forget_devices)
 
 
 def jax_device(device: torch.device) -> Any:
@@ -188,6 +196,17 @@ def _import_by_protocol(t: torch.Tensor, device: Any) -> jax.Array:
             stack.enter_context(torch.cuda.device(t.device))
         stack.enter_context(jax.enable_x64(True))  # else 64 bits would be narrowed in silence
         return jax.device_put(jax.dlpack.from_dlpack(t), device)
+
+
+# The shardings of arrays on the CPU that results are made on: nothing is to be looked at, and a set is quick to ask.
+AT_HOME: set[Any] = set()
+
+
+def is_home(device: Any) -> bool:
+    """Whether it is the CPU that results are made on."""
+    home = jax_device(_CPU)
+    AT_HOME.add(SingleDeviceSharding(home))
+    return bool(device == home)
 
 
 def refuse_two_devices(tensors: Sequence[torch.Tensor]) -> None:
@@ -315,7 +334,9 @@ _from_capsule, _array_capsule = torch_private.from_capsule, jax_private.capsule_
 
 
 def export(a: jax.Array) -> torch.Tensor:
-    """A tensor over the memory of an array that is dense, on one device, and ready or about to be: the hot path."""
+    """A tensor over the memory of a result, which is dense, and ready or about to be; gathered from several devices."""
+    if type(a.sharding) is not SingleDeviceSharding:  # the private name would export the first shard alone
+        a = local(a)
     return _from_capsule(_array_capsule(a))
 
 

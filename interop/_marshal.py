@@ -185,7 +185,7 @@ def _blame(x: Any) -> tuple[str, ContainerError] | None:
 def _way_out(x: Any) -> str:
     if isinstance(x, torch.nn.Module):
         return "Pass its parameters: torch.func.functional_call(module, params, args)"
-    if type(x).__name__.endswith("Cache") and type(x).__module__.startswith("transformers"):
+    if _is_cache(x):
         return "Call the model with use_cache=False"
     return "Register it with jax.tree_util, or pass its parts"
 
@@ -202,7 +202,12 @@ def _hidden(x: Any) -> str | None:
         found = _first(value, _is_value)
         if found is not None:
             return f"{describe(found[1])} in .{name}{found[0]}"
-    return None
+    return "the keys and values of its layers" if _is_cache(x) else None
+
+
+def _is_cache(x: Any) -> bool:
+    """Whether it is a cache of keys and values of transformers, which hides them two levels deep."""
+    return type(x).__module__.startswith("transformers.") and type(x).__name__.endswith("Cache")
 
 
 def _is_value(x: Any) -> bool:
@@ -229,8 +234,8 @@ def _first(x: Any, wanted: Callable[[Any], bool], depth: int = 0) -> tuple[str, 
 _DEPTH = 8  # deeper is the user's
 
 
-def find_closed_over(fn: Any, wanted: Callable[[Any], bool]) -> str | None:
-    """The name of a value that a function reads and is not given: of its closure, its globals, its `self`."""
+def find_closed_over(fn: Any, wanted: Callable[[Any], bool], given: Collection[str] = ()) -> str | None:
+    """The name of a value that a function reads and is not given: of its closure, globals, defaults, its `self`."""
     while isinstance(fn, functools.partial):
         found = _first(fn.args, wanted)
         if found:
@@ -247,6 +252,8 @@ def find_closed_over(fn: Any, wanted: Callable[[Any], bool]) -> str | None:
     cells = zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)
     read = {name: cell.cell_contents for name, cell in cells if cell != types.CellType()}
     read |= {name: fn.__globals__[name] for name in _globals_of(fn.__code__) if name in fn.__globals__}
+    parameters = inspect.signature(fn).parameters.values()
+    read |= {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in given}
     for name, value in read.items():
         found = _first(value, wanted)
         if found:
@@ -362,7 +369,8 @@ def _open_torch_registered(x: Any) -> _Opened:
     """One level of a pytree that torch knows (ModelOutput, TensorDict, a user's own)."""
     t = type(x)
     children, context, build = torch_private.open_pytree(x)
-    return Container(t, _hashable(context), _indices(len(children)), build), children
+    names = tuple(f"[{k!r}]" for k in x.keys()) if isinstance(x, dict) else _indices(len(children))  # noqa: SIM118
+    return Container(t, _hashable(context), names, build), children
 
 
 def _open_batch_encoding(x: Any) -> _Opened:
@@ -408,14 +416,37 @@ def _opener_for(x: Any) -> Callable[[Any], _Opened] | None:
         return _open_struct
     if jax.tree_util.all_leaves([x]) is False:
         return _open_registered
-    if torch_private.is_registered_pytree(t):
-        return _open_torch_registered
-    if dataclasses.is_dataclass(x):
-        return _open_dataclass
     transformers = sys.modules.get("transformers")
-    if transformers is not None and isinstance(x, transformers.BatchEncoding):
-        return _open_batch_encoding
-    return None
+    is_encoding = transformers is not None and isinstance(x, transformers.BatchEncoding)
+    if torch_private.is_registered_pytree(t) or is_encoding:
+        opener = _open_batch_encoding if is_encoding else _open_torch_registered
+        if t.__module__.partition(".")[0] in _LIBRARIES:
+            _register(t, opener)
+        return opener
+    return _open_dataclass if dataclasses.is_dataclass(x) else None
+
+
+# What they made to be containers JAX learns of when it is first met, so that it can leave a `jax.jit`.
+_LIBRARIES = ("transformers", "tensordict")
+
+
+def _register(t: type, opener: Callable[[Any], _Opened]) -> None:
+    def flatten_with_keys(x: Any) -> Any:
+        container, children = opener(x) or (None, ())
+        names = container.names if container else ()
+        return [(_Key(name), child) for name, child in zip(names, children, strict=True)], container
+
+    jax.tree_util.register_pytree_with_keys(t, flatten_with_keys, lambda container, new: container.build(list(new)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Key:
+    """A key of a path in a pytree, that reads as it does in our own."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
 
 
 # --- trees ------------------------------------------------------------------------------------------------------------

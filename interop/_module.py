@@ -31,10 +31,6 @@ class ModuleFunction:
 
     def __init__(self, module: torch.nn.Module, *, mutable: bool = False) -> None:
         self.module: torch.nn.Module = getattr(module, "_orig_mod", module)  # compiled code knows its own parameters
-        if isinstance(module, torch.jit.ScriptModule):
-            raise UnsupportedError(
-                "the parameters of a scripted module can't be replaced", hint="Cross the module that it was made from"
-            )
         self.mutable = mutable
         self.training = _Training(self.module)
         self.__name__ = type(self.module).__name__
@@ -125,11 +121,16 @@ class _Skeleton:
         self.training = training
         self.made: dict[int, torch.nn.Module] = {}
 
-    def of(self, module: torch.nn.Module) -> torch.nn.Module:
+    def of(self, module: torch.nn.Module, path: str = "") -> torch.nn.Module:
         """The skeleton of a module; a part that is shared stays shared."""
         made = self.made.get(id(module))
         if made is not None:
             return made
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedError(
+                f"the parameters of a scripted module ({path or type(module).__name__}) can't be replaced",
+                hint="Cross the module that it was made from",
+            )
         if hasattr(module, "_orig_mod"):  # compiled code is bound to the module that it was made from
             original: Any = module._orig_mod
             new = self.made[id(module)] = self.of(original)
@@ -143,7 +144,7 @@ class _Skeleton:
         for own in tensors:
             own.update({name: self.given.get(id(t), t) for name, t in own.items()})
         for name, child in module._modules.items():
-            new._modules[name] = None if child is None else self.of(child)
+            new._modules[name] = None if child is None else self.of(child, f"{type(module).__name__}.{name}")
         new.training = self.training.get(id(module), module.training)
         new.__dict__["_compiled_call_impl"] = None  # `module.compile()` has compiled the calls of the module itself
         for name, value in attributes.items():
@@ -158,9 +159,9 @@ class _Skeleton:
         if isinstance(value, torch.Tensor):
             return self.given.get(id(value), value)
         if type(value) in (list, tuple):
-            return type(value)(self.follow(item, module, name) for item in value) if value else value
+            return type(value)(self.follow(item, module, name) for item in value)
         if type(value) in (dict, OrderedDict):
-            return type(value)((k, self.follow(v, module, name)) for k, v in value.items()) if value else value
+            return type(value)((k, self.follow(v, module, name)) for k, v in value.items())
         if isinstance(value, types.MethodType):
             return types.MethodType(value.__func__, self.follow(value.__self__, module, name))
         if isinstance(value, functools.partial):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,7 +18,7 @@ from interop._derive import Static
 from interop._errors import InteropError
 from interop._in_jax._flat import TorchFlat
 from interop._in_jax._random import refused
-from interop._in_jax._surroundings import NOTHING, TorchState, on_stream
+from interop._in_jax._surroundings import TorchState, on_stream
 from interop._private import torch as torch_private
 from interop._side import Leaves
 from interop._threads import THREAD, taking_turns
@@ -24,24 +26,24 @@ from interop._threads import THREAD, taking_turns
 _LIBRARIES = tuple(str(Path(str(module.__file__)).parent) for module in (errors, torch))
 
 
-def callback(flat: TorchFlat, avals: Sequence[Aval], structure: Static | None, *, trusted: bool) -> Callable[..., None]:
-    """The body of a `buffer_callback`; a promised structure is checked.
+def callback(flat: TorchFlat, avals: Sequence[Aval], structure: Static, *, trusted: bool) -> Callable[..., None]:
+    """The body of a `buffer_callback`; results come in this structure.
 
     A trusted function is a graph of ours: it keeps and writes nothing.
     """
-    state = TorchState.now()
-    modes = flat.modes and flat.modes.now()
+    state, modes = (flat.traced.state, flat.traced.modes) if flat.traced else (TorchState.now(), None)
+    as_traced = functools.partial(flat.modes.under, modes) if flat.modes and flat.traced else contextlib.nullcontext
 
     def run(context: Any, outs: Any, buffers: Any) -> None:
-        ins, places = [export_buffer(b) for b in buffers], [export_buffer(out) for out in outs]
-        with state.entered(), on_stream(context, (*ins, *places)):
-            if trusted:
-                with torch.no_grad():
+        with state.entered():
+            ins, places = [export_buffer(b) for b in buffers], [export_buffer(out) for out in outs]
+            with on_stream(context, (*ins, *places)):
+                if trusted:
                     results = flat.leaves(*ins)
-            else:
-                with taking_turns(), flat.modes.under(modes) if flat.modes else NOTHING:
-                    results = _run_untrusted(flat, [t.clone() for t in ins], structure)
-            _write(results, places, avals, flat.name)
+                else:
+                    with taking_turns(), as_traced():
+                        results = _run_untrusted(flat, [t.clone() for t in ins], structure)
+                _write(results, places, avals, flat.name)
 
     def body(context: Any, outs: Any, *buffers: Any) -> None:
         # Nobody above but JAX's wrapper of this: a thread of XLA's own, and not the one that called the program.
@@ -73,14 +75,14 @@ def _is_ours(file: str) -> bool:
     return file.startswith(_LIBRARIES)
 
 
-def _run_untrusted(flat: TorchFlat, ins: list[torch.Tensor], promised: Static | None) -> Leaves:
-    """Run a function of the user; one that could not be inferred is watched instead."""
-    if promised is None:
-        return flat.leaves(*ins)
-    before = torch.get_rng_state()
+def _run_untrusted(flat: TorchFlat, ins: list[torch.Tensor], promised: Static) -> Leaves:
+    """Run a function of the user; one that could not be inferred is watched."""
+    watched = flat.levels.example_output is not None and flat.key is None
+    before = torch.get_rng_state() if watched else None
     results, structure = flat.fn(*ins)
-    check_structure(structure, promised, flat.name)
-    if flat.key is None and not torch.equal(before, torch.get_rng_state()):
+    if structure.value is not promised.value:
+        check_structure(structure, promised, flat.name)
+    if before is not None and not torch.equal(before, torch.get_rng_state()):
         raise refused(flat.name, "what it draws is no effect that the program knows of: its shapes are not inferred")
     return results
 

@@ -7,6 +7,7 @@ are the residuals.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import operator
@@ -33,7 +34,7 @@ _log = logging.getLogger("interop")
 _ATEN = torch.ops.aten
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Capture:
     """A captured gradient.
 
@@ -93,7 +94,7 @@ class Capture:
 
 def capture(flat: TorchFlat, avals: tuple[Aval, ...], active: Mask) -> Capture | None:
     """The captured gradient with respect to the active inputs; None where it has to be recomputed."""
-    key = ("capture", avals, active, flat.surroundings())
+    key = ("capture", avals, active, x64_enabled())
     found: list[Capture | None] = flat.memo(key, lambda: [_try_capture(flat, avals, active)])
     return found[0]
 
@@ -146,7 +147,7 @@ def _joint(flat: TorchFlat, active: Mask) -> Callable[..., tuple[Any, Any]]:
 
     def joint(primals: list[Leaf], cotangents: list[Leaf]) -> tuple[Any, Any]:
         with torch.enable_grad():
-            outs = flat.leaves(*[p.clone() for p in primals])  # no leaf: the function may write to it
+            outs, _ = flat.to_differentiate(*[p.clone() for p in primals])  # no leaf: the function may write to it
             inexact = [out for out in outs if TORCH.is_inexact(out)]
             pairs = [(o, c.conj_physical() if o.is_complex() else c)
                      for o, c in zip(inexact, cotangents, strict=True) if o.requires_grad]  # fmt: skip
@@ -312,14 +313,20 @@ class _Cut:
 
     def _flat(self, fn: Callable[..., Any], kind: str, key: int | None = None) -> TorchFlat:
         def flat_fn(*leaves: Leaf) -> tuple[Leaves, Static]:
-            return tuple(fn(*leaves)), NOTHING
+            with torch.no_grad(), _without_autocast():  # every cast is in the graph
+                return tuple(fn(*leaves)), NOTHING
 
         levels = Levels(differentiable=True, jittable=True)
         return TorchFlat(TORCH, flat_fn, f"{self.flat.name}.{kind}", levels, key=key)
 
 
+def _without_autocast() -> contextlib.AbstractContextManager[Any]:
+    device = next((d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)), None)
+    return torch.autocast(device, enabled=False) if device else contextlib.nullcontext()
+
+
 def _is_random(node: Any) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return torch_private.draws(node.target, node.args, node.kwargs)
 
 
 def _is_fused(node: Any) -> bool:

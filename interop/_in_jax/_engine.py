@@ -26,7 +26,7 @@ from jax.experimental.buffer_callback import buffer_callback
 from jax.interpreters import ad, batching, mlir
 
 from interop._abstract import Aval, Outputs, aval_of
-from interop._derive import Mask, Static, fill, pick
+from interop._derive import NOTHING, Mask, Static, fill, pick
 from interop._errors import NotDifferentiableError, NotJittableError, UnsupportedError
 from interop._in_jax import _live
 from interop._in_jax._callback import callback
@@ -55,6 +55,7 @@ def call(flat: TorchFlat, leaves: Sequence[Leaf]) -> _Result:
 
 
 def _call_traced(flat: TorchFlat, leaves: Sequence[Leaf]) -> _Result:
+    flat = flat.here()
     _ran.structures.pop(flat, None)
     outs = torch_call.bind(*jax_private.vary(list(leaves)), flat=flat)
     # Where the values were there, it has run, and said what it returned; else its outputs were inferred.
@@ -293,6 +294,18 @@ def _backward_jvp(primals: Any, tangents: Any, *, flat: TorchFlat, active: Mask,
     return outs, _linear(_vjp(flat, active, results), outs, [], points, given, again, "recompute")
 
 
+def _backward_transpose(cotangents: Any, *operands: Any, flat: TorchFlat, active: Mask, cut: Capture) -> list[Any]:
+    """The backward is linear in its cotangents, and its transpose is the derivative along tangents."""
+    kept = len(cut.saved)
+    saved, primals = operands[:kept], operands[kept : kept + len(active)]
+    tangents = [ad.instantiate_zeros(c) for c in cotangents]
+    count = iter(cut.inexact)
+    outs = tuple(next(count) if is_inexact(out) else out for out in flat.outputs(tuple(map(aval_of, primals))).avals)
+    operands_ = jax_private.vary([*saved, *primals, *tangents])
+    moved = torch_linear.bind(*operands_, flat=flat, active=active, source=cut, outs=outs)
+    return [None] * (kept + len(active)) + list(moved)
+
+
 # --- batching ---------------------------------------------------------------------------------------------------------
 
 
@@ -389,8 +402,7 @@ def _lowering(
     def emit(*ins: Any, out_avals: Sequence[Aval], has_effect: bool, flat: TorchFlat, **params: Any) -> Any:
         target = flat_of(flat=flat, **params)
         structs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in out_avals]
-        promised = target.levels.example_output and not trusted
-        structure = target.outputs(tuple(map(aval_of, ins))).structure if promised else None
+        structure = NOTHING if trusted else target.outputs(tuple(map(aval_of, operands_of(ins, **params)))).structure
         body = callback(target, out_avals, structure, trusted=trusted)
         return buffer_callback(body, structs, has_side_effect=has_effect)(*operands_of(ins, **params))
 
@@ -471,3 +483,4 @@ ad.primitive_jvps[torch_linear] = _linear_jvp
 ad.primitive_jvps[torch_backward] = _backward_jvp
 ad.primitive_transposes[torch_call] = _call_transpose
 ad.primitive_transposes[torch_linear] = _linear_transpose
+ad.primitive_transposes[torch_backward] = _backward_transpose

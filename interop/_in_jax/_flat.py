@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 import numpy as np
@@ -27,6 +28,7 @@ from interop._in_jax._ways import (
     vmap_with,
 )
 from interop._leaf import (
+    AT_HOME,
     NUMPY_OF,
     WIDE_FLOATS,
     WIDE_INTS,
@@ -34,6 +36,7 @@ from interop._leaf import (
     copy_tensor,
     describe,
     import_tensor,
+    is_home,
     jax_dtype,
     narrow,
     resolve,
@@ -60,7 +63,15 @@ class Modes(Protocol):
         ...
 
 
-@dataclass(eq=False)
+class Surroundings(NamedTuple):
+    """What a trace depends on beside its arguments."""
+
+    x64: bool
+    state: TorchState
+    modes: Hashable
+
+
+@dataclass(eq=False, repr=False)
 class TorchFlat(Flat):
     """A flat torch function.
 
@@ -70,6 +81,9 @@ class TorchFlat(Flat):
         origin: of a function over a batch, the function of one example: they share the structure of their outputs.
         known: of a derived function, its outputs, which follow from those of the function it is derived from.
         exact: of a derivative along tangents, the same in a form that can be differentiated again.
+        traced: what was about when a trace met it.
+        order: how many times it has been derived. From the second on it is taken apart: in torch the second derivatives
+            of some fused kernels are wrong (norms, `weight_norm`), and what is wrong raises nothing.
     """
 
     modes: Modes | None = None
@@ -77,14 +91,22 @@ class TorchFlat(Flat):
     origin: TorchFlat | None = None
     known: Callable[[Sequence[Aval]], Outputs] | None = None
     exact: TorchFlat | None = None
+    traced: Surroundings | None = None
+    order: int = 0
 
-    def surroundings(self) -> Hashable:
-        """What a trace of it depends on beside its arguments, as it is now."""
-        return x64_enabled(), TorchState.now(), self.modes and self.modes.now()
+    def here(self) -> Self:
+        """The function as it is traced now: JAX caches by it, and what it is depends on more than its arguments."""
+        now = Surroundings(x64_enabled(), TorchState.now(), self.modes.now() if self.modes else None)
+        return self.memo(now, lambda: replace(self, traced=now, memos={}, lock=threading.RLock()))
+
+    @property
+    def to_differentiate(self) -> FlatFn:
+        """The function as autograd is to record it."""
+        return composite(self.fn) if self.order else self.fn
 
     def outputs(self, avals: tuple[Aval, ...]) -> Outputs:
         """What is known of the outputs for inputs of these avals, in the dtypes that JAX keeps."""
-        return self.memo(("outputs", avals, self.surroundings()), lambda: self._outputs(avals))
+        return self.memo(("outputs", avals, x64_enabled()), lambda: self._outputs(avals))
 
     def _outputs(self, avals: tuple[Aval, ...]) -> Outputs:
         promised: Callable[[Sequence[Aval]], Outputs] | None = self.known or self.levels.example_output
@@ -105,11 +127,12 @@ class TorchFlat(Flat):
         base = self.exact or self
         forward, twice = self._again(derive_jvp(base, nonzero)), self._again(jvp_by_transposes(base, nonzero))
         in_torchs_way = self._again(jvp_by_autograd(base, nonzero))
-        name = f"{self.name}.jvp"
-        ways = forward, twice, composite(forward), composite(twice), in_torchs_way
-        quick = self._derived("jvp", first_that_runs(name, *ways))
-        quick.exact = exact = self._derived("jvp", first_that_runs(name, twice, composite(twice), in_torchs_way))
-        quick.known = exact.known = lambda avals: _some(self.outputs(tuple(avals[: len(nonzero)])), is_inexact)
+        name, once = f"{self.name}.jvp", base.order == 0
+        ways = (*((forward,) if once else ()), composite(forward), twice, composite(twice), in_torchs_way)
+        quick = self._derived("jvp", first_that_runs(name, *ways), base.order + 1)
+        exact = first_that_runs(name, composite(twice), twice, in_torchs_way)
+        quick.exact = self._derived("jvp", exact, base.order + 2)
+        quick.known = quick.exact.known = lambda avals: _some(self.outputs(tuple(avals[: len(nonzero)])), is_inexact)
         return quick
 
     def vjp(self, nonzero: Mask, present: Mask) -> Self:
@@ -119,9 +142,9 @@ class TorchFlat(Flat):
     def _vjp(self, nonzero: Mask, present: Mask) -> Self:
         base = self.exact or self
         transpose = self._again(derive_vjp(base, nonzero, present))
-        by_autograd = self._again(vjp_by_autograd(base, nonzero, present))
-        name = f"{self.name}.vjp"
-        vjp = self._derived("vjp", first_that_runs(name, transpose, composite(transpose), by_autograd))
+        in_torchs_way = self._again(vjp_by_autograd(base, nonzero, present))
+        ways = (*((transpose,) if base.order == 0 else ()), composite(transpose), in_torchs_way)
+        vjp = self._derived("vjp", first_that_runs(f"{self.name}.vjp", *ways), base.order + 1)
         vjp.known = lambda avals: replace(
             self.outputs(tuple(avals[: len(nonzero)])),
             avals=tuple(aval for aval, active in zip(avals, nonzero, strict=False) if active),
@@ -141,9 +164,9 @@ class TorchFlat(Flat):
         randomness = "different" if self.key is None else "same"
         by_rule = self._of_the_same_dtypes(derive_vmap(self, in_axes, vmap_with(randomness)), in_axes)
         ways = (loop(self, in_axes),) if self.levels.vmap == "sequential" else (
-            by_rule, composite(by_rule), loop(self, in_axes)
+            by_rule, composite(by_rule, values=True), loop(self, in_axes)
         )  # fmt: skip
-        batched = self._derived("vmap", first_that_runs(f"{self.name}.vmap", *ways))
+        batched = self._derived("vmap", first_that_runs(f"{self.name}.vmap", *ways), self.order)
         batched.origin = self.origin or self
         batched.exact = self.exact and self.exact.vmap(in_axes)
         batched.known = lambda avals: _batched(self, avals, in_axes)
@@ -155,7 +178,7 @@ class TorchFlat(Flat):
         def fn(*leaves: Leaf) -> tuple[Leaves, Static]:
             outs, structure = by_rule(*leaves)
             example = tuple(_without_axis(aval_of(x), axis) for x, axis in zip(leaves, in_axes, strict=True))
-            promised: Outputs | None = self.memos.get(("outputs", example, self.surroundings()))
+            promised: Outputs | None = self.memos.get(("outputs", example, x64_enabled()))
             for out, aval in zip(outs, promised.avals if promised else (), strict=False):
                 if is_inexact(aval) and NUMPY_OF[out.dtype] != aval.dtype:
                     raise TypeError(f"a batch of {describe(out)} where one example is {describe(aval)}")
@@ -163,8 +186,8 @@ class TorchFlat(Flat):
 
         return fn
 
-    def _derived(self, kind: str, fn: FlatFn) -> Self:
-        return replace(self.derived(kind, fn), exact=None, known=None, origin=None)
+    def _derived(self, kind: str, fn: FlatFn, order: int) -> Self:
+        return replace(self.derived(kind, fn), exact=None, known=None, origin=None, order=order)
 
 
 def keyed(flat: TorchFlat, key: int, path: str) -> TorchFlat:
@@ -224,19 +247,21 @@ def refuse_wide_float(dtype: torch.dtype, result: Any) -> None:
 
 def run(flat: Flat, arrays: Sequence[jax.Array]) -> tuple[list[jax.Array], Static]:
     """Run it on the values of arrays. It works on its own copy of them, and its results are copied out of it."""
-    outs, structure = flat.fn(*own(arrays))
+    tensors, home = own(arrays)
+    outs, structure = flat.fn(*tensors)
     if flat.levels.example_output is not None:
         promised = flat.levels.example_output(tuple(map(_aval, arrays)))
         check_promise(narrowed(outs, promised.avals), promised.avals, flat.name)
         check_structure(structure, promised.structure, flat.name)
     results = results_to_arrays(outs, structure)
-    if _config.jax_debug_nans or _config.jax_debug_infs:
-        check_finite(results, flat.name)
-    return results, structure
+    check_finite(results, flat.name)
+    return results if home is None else [jax.device_put(result, home) for result in results], structure
 
 
 def check_finite(results: Sequence[jax.Array], name: str) -> None:
     """Raise for what `jax.debug_nans` and `jax.debug_infs` look for, as JAX does after each operation of its own."""
+    if not (_config.jax_debug_nans or _config.jax_debug_infs):
+        return
     checks = [(_config.jax_debug_nans, np.isnan, "nan"), (_config.jax_debug_infs, np.isinf, "inf")]
     for values in (np.asarray(result) for result in results if is_inexact(result)):
         for asked, found, what in checks:
@@ -244,12 +269,29 @@ def check_finite(results: Sequence[jax.Array], name: str) -> None:
                 raise FloatingPointError(f"invalid value ({what}) encountered in {name}")
 
 
-def own(arrays: Sequence[jax.Array]) -> list[torch.Tensor]:
-    """Tensors with the values of arrays, in memory that nobody else has: the function may write to it, and keep it."""
+def own(arrays: Sequence[jax.Array]) -> tuple[list[torch.Tensor], Any]:
+    """Tensors with the values of arrays, in memory that nobody else has: the function may write to it, and keep it.
+
+    Also where its results belong, if that is not where results are made.
+    """
     try:
-        return [_from_capsule(_capsule_of(a)).clone() for a in arrays]  # `export`, without its frame
-    except (TypeError, ValueError, RuntimeError, BufferError):
-        return [t.clone() for t in tensors_of(arrays)]  # a Python number, an array on several devices, or one to refuse
+        tensors = [_from_capsule(_capsule_of(a)).clone() for a in arrays if a.sharding in AT_HOME]  # without a frame
+        if len(tensors) == len(arrays):
+            return tensors, None
+    except (AttributeError, TypeError, ValueError, RuntimeError, BufferError):
+        pass  # a Python number, or an array to refuse
+    return [t.clone() for t in tensors_of(arrays)], _home_of(arrays)
+
+
+def _home_of(arrays: Sequence[Any]) -> Any:
+    """Where results of these arguments belong: on the mesh of one that is on several devices, or on their device."""
+    shardings = [a.sharding for a in arrays if isinstance(a, jax.Array)]
+    for sharding in shardings:
+        if len(sharding.device_set) > 1:
+            mesh = getattr(sharding, "mesh", None)
+            return None if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    device = next((device for sharding in shardings for device in sharding.device_set), None)
+    return None if device is None or is_home(device) else device
 
 
 def tensors_of(arrays: Sequence[Any]) -> list[torch.Tensor]:

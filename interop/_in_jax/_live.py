@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from interop._derive import Mask, Static
-from interop._in_jax._flat import TorchFlat, result_to_array, results_to_arrays, tensors_of
+from interop._in_jax._flat import TorchFlat, check_finite, result_to_array, results_to_arrays, tensors_of
 from interop._leaf import array_to_tensor
 from interop._private import torch as torch_private
 from interop._side import TORCH
@@ -32,6 +32,7 @@ class Live:
 
     inputs: list[torch.Tensor]  # the active ones
     outputs: list[torch.Tensor]  # the inexact ones
+    name: str
 
     def pull(self, cotangents: Sequence[Any]) -> list[jax.Array]:
         """The gradients of the active inputs, in JAX's complex convention; an absent cotangent is zero."""
@@ -42,10 +43,12 @@ class Live:
             grads = torch.autograd.grad(
                 [o for o, _ in pairs], self.inputs, [c for _, c in pairs], retain_graph=True, allow_unused=True
             )
-        return [
+        results = [
             result_to_array(torch.zeros_like(x) if g is None else TORCH.conjugated(g))
             for g, x in zip(grads, self.inputs, strict=True)
         ]
+        check_finite(results, self.name)
+        return results
 
 
 def forward(flat: TorchFlat, arrays: Sequence[jax.Array], active: Mask) -> tuple[list[jax.Array], Static, jax.Array]:
@@ -53,9 +56,9 @@ def forward(flat: TorchFlat, arrays: Sequence[jax.Array], active: Mask) -> tuple
     with torch.inference_mode(mode=False), torch.enable_grad(), torch_private.everything_is_saved():
         tensors = [t.requires_grad_(wanted) for t, wanted in zip(tensors_of(arrays), active, strict=True)]
         # Nobody writes to the leaves, which share JAX's memory. What the function is given is a copy, and no leaf.
-        outs, structure = flat.fn(*[t.clone() for t in tensors])
+        outs, structure = flat.to_differentiate(*[t.clone() for t in tensors])
     inputs = [t for t in tensors if t.requires_grad]
-    live = Live(inputs, [out for out in outs if TORCH.is_inexact(out)])
+    live = Live(inputs, [out for out in outs if TORCH.is_inexact(out)], flat.name)
     return results_to_arrays(outs, structure), structure, _handle(live)
 
 

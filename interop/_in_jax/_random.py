@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import threading
 from collections.abc import Generator
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 
 from interop._errors import UnsupportedError
 from interop._private import jax as jax_private
+from interop._threads import taking_turns
 
 KEYED = "Give the crossing a key: as_jax(rng='key')"
 
@@ -42,10 +42,6 @@ def refused(name: str, where: str) -> UnsupportedError:
     return error
 
 
-# The generator belongs to the process: seeding is exact among crossings. Re-entrant, for a crossing inside another.
-_lock = threading.RLock()
-
-
 @contextlib.contextmanager
 def seeding(key: torch.Tensor) -> Generator[None]:
     """Seed torch's generators from a hash of a key's data, whatever its implementation; put back at the end."""
@@ -53,7 +49,7 @@ def seeding(key: torch.Tensor) -> Generator[None]:
     data: list[Any] = key.tolist()
     words = b"".join(int(word).to_bytes(4, "little") for word in data)
     seed = int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little")
-    with _lock:
+    with taking_turns():  # the generators belong to the process
         generators = [torch.default_generator, *_generators_of_gpus()]
         before = [generator.get_state() for generator in generators]
         for generator in generators:

@@ -20,6 +20,7 @@ from interop._errors import AbstractEvalError, InteropError
 from interop._in_jax._random import refused
 from interop._private import torch as torch_private
 from interop._side import TORCH, Leaf, Leaves
+from interop._threads import taking_turns
 
 _log = logging.getLogger("interop")
 
@@ -54,6 +55,10 @@ def again(flat: Flat, fn: FlatFn, *, keyed: bool) -> FlatFn:
     """
 
     def run(*leaves: Leaf) -> tuple[Leaves, Static]:
+        with taking_turns():  # the levels of forward mode belong to the process
+            return watching(*leaves)
+
+    def watching(*leaves: Leaf) -> tuple[Leaves, Static]:
         watched = not keyed and not any(map(torch_private.is_traced, leaves))
         before = torch.get_rng_state() if watched else None
         with torch_private.everything_is_saved():
@@ -166,23 +171,28 @@ def loop(flat: Flat, in_axes: tuple[int | None, ...]) -> FlatFn:
 # --- composite kernels ------------------------------------------------------------------------------------------------
 
 
-def composite(fn: FlatFn) -> FlatFn:
-    """The function with its fused kernels (attention, recurrent layers) taken apart, in this thread and this call.
+def composite(fn: FlatFn, *, values: bool = False) -> FlatFn:
+    """The function with its fused kernels (attention, recurrent layers, norms) taken apart, in this thread and call.
 
-    The fused ones have no rule for forward mode, for a second derivative or for a batch. Under any function mode torch
-    leaves its fused encoder layer alone too.
+    The fused ones have no rule for forward mode, for a second derivative or for a batch, or a wrong one. Under any
+    function mode torch leaves its fused encoder layer alone too. Where its values are asked, and not a derivative, what
+    updates running statistics is left as it is.
     """
 
     def taken_apart(*leaves: Leaf) -> tuple[Leaves, Static]:
-        with _Composite():
+        with _Composite(_COMPOSITES if values else _COMPOSITES | _DERIVATIVES_ONLY):
             return fn(*leaves)
 
     return taken_apart
 
 
 class _Composite(TorchFunctionMode):
+    def __init__(self, rules: dict[Any, Callable[..., Any]]) -> None:
+        super().__init__()
+        self.rules = rules
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        run: Any = _COMPOSITES.get(func, func)
+        run: Any = self.rules.get(func, func)
         if run is not _attention_with_projections:
             return run(*args, **(kwargs or {}))
         with self:  # made of others that are to be taken apart
@@ -321,6 +331,76 @@ def _embedding_bag(
     return sums / counts.clamp(min=1).unsqueeze(-1)
 
 
+def _normalised(x: Leaf, axes: Sequence[int], weight: Leaf | None, bias: Leaf | None, eps: float) -> Leaf:
+    centred = x - x.mean(axes, keepdim=True)
+    x = centred * (centred.square().mean(axes, keepdim=True) + eps).rsqrt()
+    return _affine(x, weight, bias)
+
+
+def _affine(x: Leaf, weight: Leaf | None, bias: Leaf | None) -> Leaf:
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
+
+
+def _layer_norm(
+    x: Leaf, shape: Sequence[int], weight: Leaf | None = None, bias: Leaf | None = None, eps: float = 1e-5, *_: Any
+) -> Leaf:
+    return _normalised(x, tuple(range(-len(shape), 0)), weight, bias, eps)
+
+
+def _per_channel(x: Leaf, t: Leaf | None) -> Leaf | None:
+    return None if t is None else t.reshape(-1, *(1,) * (x.dim() - 2))
+
+
+def _batch_norm(
+    x: Leaf,
+    running_mean: Leaf | None,
+    running_var: Leaf | None,
+    weight: Leaf | None = None,
+    bias: Leaf | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Leaf:
+    """Running statistics are left as they are: of a derivative, only the output is asked."""
+    del momentum
+    weight, bias = _per_channel(x, weight), _per_channel(x, bias)
+    if training or running_mean is None or running_var is None:
+        return _normalised(x, (0, *range(2, x.dim())), weight, bias, eps)
+    mean, variance = _per_channel(x, running_mean), _per_channel(x, running_var + eps)
+    return _affine((x - mean) * torch.rsqrt(variance), weight, bias)  # type: ignore[arg-type]
+
+
+def _instance_norm(
+    x: Leaf,
+    running_mean: Leaf | None = None,
+    running_var: Leaf | None = None,
+    weight: Leaf | None = None,
+    bias: Leaf | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Leaf:
+    if not use_input_stats:
+        return _batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
+    return _normalised(x, tuple(range(2, x.dim())), _per_channel(x, weight), _per_channel(x, bias), eps)
+
+
+def _weight_norm(v: Leaf, g: Leaf, dim: int = 0) -> Leaf:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+def _det(x: Leaf) -> Leaf:
+    """Of a matrix that is not singular; torch's third derivative is not a number."""
+    sign, logarithm = torch.linalg.slogdet(x)
+    return sign * logarithm.exp()
+
+
+def _of_torch(fn: Callable[..., Leaf]) -> Callable[..., Leaf]:
+    """The rule of a function for its twin without a Python face, which takes one more option, of another library."""
+    return lambda *args: fn(*args[:-1])
+
+
 _attention_with_projections = torch_private.without_overrides(F.multi_head_attention_forward)
 _COMPOSITES: dict[Any, Callable[..., Any]] = {
     F.scaled_dot_product_attention: _attention,
@@ -330,4 +410,16 @@ _COMPOSITES: dict[Any, Callable[..., Any]] = {
     torch.gru: _recurrent(_gru_cell, torch.gru),
     torch.rnn_tanh: _recurrent(_rnn_cell(torch.tanh), torch.rnn_tanh),
     torch.rnn_relu: _recurrent(_rnn_cell(torch.relu), torch.rnn_relu),
+}
+_DERIVATIVES_ONLY: dict[Any, Callable[..., Any]] = {
+    F.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
+    F.batch_norm: _batch_norm,
+    torch.batch_norm: _of_torch(lambda x, w, b, m, v, *options: _batch_norm(x, m, v, w, b, *options)),
+    F.instance_norm: _instance_norm,
+    torch.instance_norm: _of_torch(lambda x, w, b, m, v, *options: _instance_norm(x, m, v, w, b, *options)),
+    torch._weight_norm: _weight_norm,
+    torch.det: _det,
+    torch.Tensor.det: _det,
+    torch.linalg.det: _det,
 }

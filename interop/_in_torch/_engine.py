@@ -50,7 +50,6 @@ _forward_ad = torch.autograd.forward_ad
 _is_grad_enabled, _is_tracing = torch.is_grad_enabled, torch_private.is_tracing
 _saved_tensors_are_watched, _keeps_graph = torch_private.saved_tensors_are_watched, torch_private.keeps_graph
 _is_legacy_batched = torch_private.is_legacy_batched
-_from_capsule, _capsule_of = torch_private.from_capsule, jax_private.capsule_of
 _config: Any = jax.config
 
 
@@ -85,7 +84,7 @@ def call(flat: JaxFlat, leaves: Sequence[Leaf]) -> _Result:
     if differentiated and _is_grad_enabled():
         return _call_differentiated(flat, leaves, arrays)
     outs, structure = run(flat, arrays)
-    return [_from_capsule(_capsule_of(out)) for out in outs], structure.value  # `export`, without its frame
+    return [export(out) for out in outs], structure.value
 
 
 def _call_nested(flat: JaxFlat, leaves: Sequence[Leaf]) -> _Result:
@@ -169,6 +168,8 @@ def _call_legacy_batched(flat: JaxFlat, leaves: Sequence[Leaf]) -> _Result:
 
 def evaluate(flat: JaxFlat, arrays: Sequence[Any]) -> tuple[Leaves, Static]:
     """The jitted function in its own width, whatever this thread has set. Its outputs never alias its inputs."""
+    if THREAD.cannot_wait:
+        refuse_waiting()
     if flat.x64 is _config.jax_enable_x64:
         return run(flat, arrays)
     with jax.enable_x64(flat.x64):
@@ -230,7 +231,7 @@ class _Eager(torch.autograd.Function):
         full, static = evaluate(with_residuals(flat, ctx.needs_input_grad[1:]), arrays)
         plan: Plan = static.value
         running.append(plan.structure.value)
-        outs = tuple([_from_capsule(_capsule_of(out)) for out in full[: plan.count]])
+        outs = tuple([export(out) for out in full[: plan.count]])
         if plan.count != 1:
             ctx.set_materialize_grads(False)
         if plan.rough:
@@ -315,7 +316,7 @@ def _scaled(flat: JaxFlat, plan: Plan, gradients: Sequence[jax.Array], cotangent
             resolve(cotangent)
         except InteropError as error:
             raise flat.locate(error)  # noqa: B904 - the same error; no frame above knows the function
-    return None, *[None if i is None else _from_capsule(_capsule_of(gradients[i])) * cotangent for i in plan.gradients]
+    return None, *[None if i is None else export(gradients[i]) * cotangent for i in plan.gradients]
 
 
 def _freed() -> RuntimeError:
@@ -367,7 +368,7 @@ def _from_residuals(backward: JaxFlat, ctx: Any, cotangents: Sequence[Any]) -> S
         leaves = [x if type(x) in _NUMBERS or isinstance(x, torch.Tensor) else export(x) for x in (*saved, *given)]
         return call(backward, leaves)[0]
     arrays = [x if type(x) in _ARRAYS else argument_of(x, x64=backward.x64) for x in (*saved, *given)]
-    return [_from_capsule(_capsule_of(out)) for out in evaluate(backward, arrays)[0]]
+    return [export(out) for out in evaluate(backward, arrays)[0]]
 
 
 # --- the op -----------------------------------------------------------------------------------------------------------
@@ -382,7 +383,7 @@ def _op(xs: list[torch.Tensor], function: str) -> list[torch.Tensor]:
     try:
         if any(array is None for array in arrays):
             arrays = arrays_of(xs, x64=flat.x64)
-        return [_from_capsule(_capsule_of(out)) for out in evaluate(flat, arrays)[0]]
+        return [export(out) for out in evaluate(flat, arrays)[0]]
     except InteropError as error:
         raise flat.locate(error)  # noqa: B904 - the same error; in a graph, no frame above knows the function
 

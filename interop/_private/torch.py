@@ -109,9 +109,14 @@ class RandomnessWatch(TorchDispatchMode):
         self.seen = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags and not _drops_nothing(func, args, kwargs or {}):
+        if draws(func, args, kwargs or {}):
             self.seen = True
         return func(*args, **(kwargs or {}))
+
+
+def draws(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a call of an operation draws from torch's generator."""
+    return torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()) and not _drops_nothing(func, args, kwargs)
 
 
 def _drops_nothing(func: Any, args: Any, kwargs: Any) -> bool:
