@@ -67,15 +67,19 @@ def refuse_waiting() -> None:
     )
 
 
-@contextlib.contextmanager
-def taking_turns() -> Generator[None]:
+class _Turns:
     """One at a time, of the callbacks that run a function of the user."""
-    with _turn:
+
+    def __enter__(self) -> None:
+        _turn.acquire()
         THREAD.turns += 1
-        try:
-            yield
-        finally:
-            THREAD.turns -= 1
+
+    def __exit__(self, *_: object) -> None:
+        THREAD.turns -= 1
+        _turn.release()
+
+
+TAKING_TURNS = _Turns()
 
 
 @contextlib.contextmanager

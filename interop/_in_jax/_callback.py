@@ -18,10 +18,10 @@ from interop._derive import Static
 from interop._errors import InteropError
 from interop._in_jax._flat import TorchFlat
 from interop._in_jax._random import refused
-from interop._in_jax._surroundings import TorchState, on_stream
+from interop._in_jax._surroundings import NOTHING, TorchState, on_stream
 from interop._private import torch as torch_private
 from interop._side import Leaves
-from interop._threads import THREAD, taking_turns
+from interop._threads import TAKING_TURNS, THREAD
 
 _LIBRARIES = tuple(str(Path(str(module.__file__)).parent) for module in (errors, torch))
 
@@ -34,26 +34,30 @@ def callback(flat: TorchFlat, avals: Sequence[Aval], structure: Static, *, trust
     state, modes = (flat.traced.state, flat.traced.modes) if flat.traced else (TorchState.now(), None)
     as_traced = functools.partial(flat.modes.under, modes) if flat.modes and flat.traced else contextlib.nullcontext
 
-    def run(context: Any, outs: Any, buffers: Any) -> None:
-        with state.entered():
-            ins, places = [export_buffer(b) for b in buffers], [export_buffer(out) for out in outs]
-            with on_stream(context, (*ins, *places)):
-                if trusted:
-                    results = flat.leaves(*ins)
-                else:
-                    with taking_turns(), as_traced():
-                        results = _run_untrusted(flat, [t.clone() for t in ins], structure)
-                _write(results, places, avals, flat.name)
+    def run(outs: list[torch.Tensor], ins: list[torch.Tensor]) -> None:
+        if trusted:
+            results = flat.leaves(*ins)
+        else:
+            with TAKING_TURNS, as_traced():
+                results = _run_untrusted(flat, [t.clone() for t in ins], structure)
+        _write(results, outs, avals, flat.name)
 
     def body(context: Any, outs: Any, *buffers: Any) -> None:
+        before = THREAD.cannot_wait
         # Nobody above but JAX's wrapper of this: a thread of XLA's own, and not the one that called the program.
-        THREAD.cannot_wait = sys._getframe(1).f_back is None
+        THREAD.cannot_wait = before or sys._getframe(1).f_back is None
         try:
-            run(context, outs, buffers)
+            with NOTHING if state.is_here() else state.entered():
+                places, ins = [export_buffer(out) for out in outs], [export_buffer(b) for b in buffers]
+                if places and places[0].is_cuda:
+                    with on_stream(context, places[0].device):
+                        run(places, ins)
+                else:
+                    run(places, ins)
         except BaseException as error:  # noqa: BLE001 - XLA passes on words alone, and dies of an error that has none
             raise RuntimeError(_said(error, flat)) from None
         finally:
-            THREAD.cannot_wait = False
+            THREAD.cannot_wait = before
 
     return body
 
@@ -94,8 +98,14 @@ def export_buffer(buffer: Any) -> torch.Tensor:
 
 def _write(results: Leaves, places: Sequence[torch.Tensor], avals: Sequence[Aval], name: str) -> None:
     """Copy the results into the program's buffers, checked first: `copy_` would broadcast and cast in silence."""
-    if [(r.shape, r.dtype) for r in results] != [(p.shape, p.dtype) for p in places]:
-        results = narrowed(results, avals)
-        check_promise(results, avals, name)
+    for result, place in zip(results, places, strict=False):
+        if result.shape != place.shape or result.dtype is not place.dtype:
+            break
+        place.copy_(result)
+    else:
+        if len(results) == len(places):
+            return
+    results = narrowed(results, avals)
+    check_promise(results, avals, name)
     for result, place in zip(results, places, strict=True):
         place.copy_(result)

@@ -170,6 +170,12 @@ _INSTEAD: dict[Any, Any] = {
     _ATEN.bernoulli.p: _bernoulli_like,  # it draws in another order than a dropout, where the axes are permuted
 }
 
+# Views that are no smaller than what they are views of.
+_VIEWS = frozenset({
+    _ATEN.t.default, _ATEN.transpose.int, _ATEN.permute.default, _ATEN.view.default, _ATEN._unsafe_view.default,
+    _ATEN.unsqueeze.default, _ATEN.squeeze.dim, _ATEN.expand.default, _ATEN.detach.default, _ATEN.alias.default,
+})  # fmt: skip
+
 # These write to running statistics, and their schemas don't say so.
 _STATISTICS = frozenset(
     {_ATEN.native_batch_norm.default, _ATEN.cudnn_batch_norm.default, _ATEN.miopen_batch_norm.default}
@@ -223,6 +229,7 @@ class _Cut:
         self.forward_nodes = self._ancestors(self.outs)
         self.backward_nodes = self._ancestors(self.grads) - self.forward_nodes
         self._pull_up_items(nodes)
+        self._push_down_views(nodes)
 
     def _ancestors(self, ends: Sequence[Any]) -> set[Any]:
         found: set[Any] = set()
@@ -240,6 +247,13 @@ class _Cut:
             if node.target is operator.getitem and node in self.backward_nodes and node.args[0] in self.forward_nodes:
                 self.backward_nodes.discard(node)
                 self.forward_nodes.add(node)
+
+    def _push_down_views(self, nodes: Sequence[Any]) -> None:
+        """A view that the backward reads is made there once more, from what it is a view of: often an input."""
+        for node in reversed(nodes):
+            read = any(user in self.backward_nodes for user in node.users)
+            if read and node.target in _VIEWS and node in self.forward_nodes and node not in self.outs:
+                self.backward_nodes.add(node)
 
     def capture(self) -> Capture:
         """The two graphs, and what lies between them."""

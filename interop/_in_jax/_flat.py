@@ -162,7 +162,7 @@ class TorchFlat(Flat):
     def _vmap(self, in_axes: Axes) -> Self:
         # Each example draws numbers of its own, unless they come from a key that all of them share.
         randomness = "different" if self.key is None else "same"
-        by_rule = self._of_the_same_dtypes(derive_vmap(self, in_axes, vmap_with(randomness)), in_axes)
+        by_rule = self._as_promised(derive_vmap(self, in_axes, vmap_with(randomness)), in_axes)
         ways = (loop(self, in_axes),) if self.levels.vmap == "sequential" else (
             by_rule, composite(by_rule, values=True), loop(self, in_axes)
         )  # fmt: skip
@@ -172,15 +172,15 @@ class TorchFlat(Flat):
         batched.known = lambda avals: _batched(self, avals, in_axes)
         return batched
 
-    def _of_the_same_dtypes(self, by_rule: FlatFn, in_axes: Axes) -> FlatFn:
-        """A batch whose results have the dtypes that a trace has promised: below `vmap`, autocast does not cast."""
+    def _as_promised(self, by_rule: FlatFn, in_axes: Axes) -> FlatFn:
+        """A batch whose results are what a trace has promised: below `vmap`, torch's autocast does not cast."""
 
         def fn(*leaves: Leaf) -> tuple[Leaves, Static]:
             outs, structure = by_rule(*leaves)
             example = tuple(_without_axis(aval_of(x), axis) for x, axis in zip(leaves, in_axes, strict=True))
             promised: Outputs | None = self.memos.get(("outputs", example, x64_enabled()))
             for out, aval in zip(outs, promised.avals if promised else (), strict=False):
-                if is_inexact(aval) and NUMPY_OF[out.dtype] != aval.dtype:
+                if out.shape[1:] != aval.shape or (is_inexact(aval) and NUMPY_OF[out.dtype] != aval.dtype):
                     raise TypeError(f"a batch of {describe(out)} where one example is {describe(aval)}")
             return outs, structure
 

@@ -11,7 +11,7 @@ import torch
 
 from interop._errors import UnsupportedError
 from interop._private import jax as jax_private
-from interop._threads import taking_turns
+from interop._threads import TAKING_TURNS
 
 KEYED = "Give the crossing a key: as_jax(rng='key')"
 
@@ -49,7 +49,7 @@ def seeding(key: torch.Tensor) -> Generator[None]:
     data: list[Any] = key.tolist()
     words = b"".join(int(word).to_bytes(4, "little") for word in data)
     seed = int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little")
-    with taking_turns():  # the generators belong to the process
+    with TAKING_TURNS:  # the generators belong to the process
         generators = [torch.default_generator, *_generators_of_gpus()]
         before = [generator.get_state() for generator in generators]
         for generator in generators:

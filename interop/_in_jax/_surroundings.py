@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,18 +11,14 @@ import torch
 
 from interop._private import torch as torch_private
 
-_TINY = np.float32(1e-40)
+_TINY, _ONE = np.float32(1e-40), np.float32(1)
 _CPU = torch.device("cpu")
 NOTHING = contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def on_stream(context: Any, tensors: Sequence[torch.Tensor]) -> Generator[None]:
-    """On the stream of the program, where it runs on a GPU: XLA goes on when that stream has come so far."""
-    device = next((t.device for t in tensors if t.is_cuda), None)
-    if device is None:
-        yield
-        return
+def on_stream(context: Any, device: torch.device) -> Generator[None]:
+    """On the stream of a program on a GPU: XLA goes on when that stream has come so far."""
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.ExternalStream(context.stream(), device=device)):
         yield
 
@@ -52,14 +48,26 @@ class TorchState(NamedTuple):
             torch.get_default_device() if torch_private.function_modes() else _CPU,
         )
 
-    def entered(self) -> contextlib.AbstractContextManager[Any]:
-        """A context with this state, whatever the thread's is."""
-        flushing = bool(_TINY * np.float32(1) == 0)
-        now = TorchState.now()
-        return NOTHING if self == now and not flushing else self._entered(now, flushing=flushing)
+    def is_here(self) -> bool:
+        """Whether the thread has this state already; asked at each callback, the commonest first."""
+        return not (
+            torch.is_grad_enabled() is not self.grad
+            or torch.is_inference_mode_enabled() is not self.inference
+            or _TINY * _ONE == 0
+            or torch.get_default_dtype() is not self.default_dtype
+            or ((torch_private.any_autocast() or self.is_autocast) and TorchState.now() != self)
+            or ((torch_private.function_modes() or self.default_device != _CPU) and TorchState.now() != self)
+        )
+
+    @property
+    def is_autocast(self) -> bool:
+        """Whether some autocast is on."""
+        return self.autocast[0] or self.autocast_on_gpu[0]
 
     @contextlib.contextmanager
-    def _entered(self, now: TorchState, *, flushing: bool) -> Generator[None]:
+    def entered(self) -> Generator[None]:
+        """A context with this state, whatever the thread's is."""
+        now = TorchState.now()
         with contextlib.ExitStack() as stack:
             if self.inference != now.inference:
                 stack.enter_context(torch.inference_mode(mode=self.inference))
@@ -73,7 +81,7 @@ class TorchState(NamedTuple):
                 torch.set_default_dtype(self.default_dtype)
             if self.default_device != now.default_device:
                 stack.enter_context(self.default_device)
-            if flushing:
+            if _TINY * _ONE == 0:
                 torch.set_flush_denormal(False)
                 stack.callback(torch.set_flush_denormal, True)
             yield

@@ -20,7 +20,7 @@ from interop._errors import AbstractEvalError, InteropError
 from interop._in_jax._random import refused
 from interop._private import torch as torch_private
 from interop._side import TORCH, Leaf, Leaves
-from interop._threads import taking_turns
+from interop._threads import TAKING_TURNS
 
 _log = logging.getLogger("interop")
 
@@ -55,7 +55,7 @@ def again(flat: Flat, fn: FlatFn, *, keyed: bool) -> FlatFn:
     """
 
     def run(*leaves: Leaf) -> tuple[Leaves, Static]:
-        with taking_turns():  # the levels of forward mode belong to the process
+        with TAKING_TURNS:  # the levels of forward mode belong to the process
             return watching(*leaves)
 
     def watching(*leaves: Leaf) -> tuple[Leaves, Static]:

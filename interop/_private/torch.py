@@ -48,6 +48,9 @@ _always: Callable[[], bool] = lambda: True  # noqa: E731 - without the names, ev
 functorch_active: Callable[[], bool] = getattr(_C, "_are_functorch_transforms_active", None) or _always
 dispatch_modes: Callable[[], int] = getattr(_C, "_len_torch_dispatch_stack", None) or _always
 
+# Whether autocast is on, of any device.
+any_autocast: Callable[[], bool] = getattr(_C, "_is_any_autocast_enabled", None) or _always
+
 # The number of function modes in this thread; a default device is one.
 function_modes: Callable[[], int] = getattr(_C, "_len_torch_function_stack", None) or _always
 
@@ -84,6 +87,7 @@ _SAYS_SO = (
     "fake tensor",
     "doesn't have storage",
     "data pointer",
+    "data is not allocated yet",
     "is not supported for tensor subclasses",
     "meta tensor",
     "data-dependent",
