@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench operators clean
 
 demo: .venv/installed
 	$(BIN)/python examples/quickstart.py
@@ -20,6 +20,10 @@ lint: .venv/installed
 # All cells, or those whose names contain a word: make bench CELLS="vmap MLP"
 bench: .venv/installed
 	$(BIN)/python tests/benchmarks/bench.py $(CELLS)
+
+# Every operator that torch tests, in every mode, against torch itself; writes examples/operators.md. It takes an hour.
+operators: .venv/installed
+	$(BIN)/python tests/operators.py --write
 
 # torch is pinned and installed first: an unpinned one would bring gigabytes of CUDA.
 .venv/installed: pyproject.toml constraints.txt

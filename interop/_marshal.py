@@ -422,6 +422,7 @@ def _opener_for(x: Any) -> Callable[[Any], _Opened] | None:
         opener = _open_batch_encoding if is_encoding else _open_torch_registered
         if t.__module__.partition(".")[0] in _LIBRARIES:
             _register(t, opener)
+            return _open_registered
         return opener
     return _open_dataclass if dataclasses.is_dataclass(x) else None
 

@@ -109,6 +109,25 @@ SHOWN = [
     ("FSDP2", "test_engines.py::test_fsdp"),
     ("Lightning Fabric", "test_engines.py::test_fabric"),
 ]  # fmt: skip
+SHOWN_IN_JAX = [
+    ("`value_and_grad`, jitted pull-backs, third order, `linearize`, `while_loop`, `fori_loop`, `switch`, `map`, `associative_scan`, `custom_vjp`, `custom_jvp`, `eval_shape`, `make_jaxpr`, ahead-of-time compilation", "test_in_jax.py::test_a_transform"),
+    ("`vmap` over any axes, nested", "test_in_jax.py::test_any_axes"),
+    ("every policy of `jax.checkpoint`", "test_in_jax.py::test_a_policy_changes_no_gradient"),
+    ("`jax.linear_transpose`, and the solvers that need it", "test_in_jax.py::test_the_transpose_of_a_linear_function"),
+    ("donation", "test_in_jax.py::test_a_donated_argument_is_given_away_and_no_other_changes"),
+    ("`jax.debug_nans`", "test_in_jax.py::test_a_nan_made_in_torch_is_reported"),
+    ("gradients that never run the Python forward again", "test_in_jax.py::test_a_gradient_does_not_enter_the_forward_again"),
+    ("functions that look at values, `.numpy()`, old-style autograd functions, with `example_output`", "test_in_jax.py::test_a_function_that_can_not_be_captured"),
+    ("`jax.shard_map` and `pmap`, as pure JAX has them", "test_devices.py::test_shard_map"),
+    ("two processes of `jax.distributed`", "test_devices.py::test_two_processes"),
+    ("one key, one mask: eagerly, compiled, in loops, in batches, in the backward", "test_state.py::test_one_key_is_one_draw_however_it_is_asked"),
+    ("random functions without a key, as effects of the program", "test_state.py::test_control_flow_draws_anew_each_time_or_names_the_way_out"),
+    ("modules that update their buffers", "test_state.py::test_training_is_torchs_own_step_by_step"),
+    ("ResNet, LSTM, transformers, a Gaussian process, GPT-2, LLaMA, BERT, T5, ViT", "test_models.py::test_model"),
+    ("torch's database of operators (see [operators](examples/operators.md))", "test_operators.py::test_an_operator_is_what_torch_says"),
+    ("functions that write to their arguments, or return views", "test_callbacks.py::test_a_function_that_writes_or_returns_views_is_pure_in_jax"),
+    ("exceptions that arrive as themselves, or, from a compiled program, in words", "test_callbacks.py::test_an_exception_in_the_users_own_program_is_in_the_message"),
+]  # fmt: skip
 BEGIN, END = "<!-- support table: written by tests/test_docs.py -->\n", "<!-- end of the support table -->"
 
 
@@ -121,6 +140,7 @@ def support_table() -> str:
     ]
     head = ["| a JAX function in torch | | a torch function in JAX | |", "|---|---|---|---|"]
     shown = ["", "And, of a JAX function in torch:", "", *(f"- {what}" for what, _ in SHOWN)]
+    shown += ["", "And, of a torch function in JAX:", "", *(f"- {what}" for what, _ in SHOWN_IN_JAX)]
     return "\n".join([*head, *rows, *shown, ""])
 
 
@@ -149,7 +169,7 @@ def test_every_row_of_the_support_table_is_a_test(transform: str) -> None:
     assert f'"{transform}"' in text or f"def test_{transform}(" in text
 
 
-@pytest.mark.parametrize("test", [test for _, test in SHOWN])
+@pytest.mark.parametrize("test", [test for _, test in SHOWN + SHOWN_IN_JAX])
 def test_every_line_below_the_support_table_is_a_test(test: str) -> None:
     """One that is not known to fail."""
     file, name = test.split("::")

@@ -418,7 +418,7 @@ _DERIVATIVES_ONLY: dict[Any, Callable[..., Any]] = {
     torch.batch_norm: _of_torch(lambda x, w, b, m, v, *options: _batch_norm(x, m, v, w, b, *options)),
     F.instance_norm: _instance_norm,
     torch.instance_norm: _of_torch(lambda x, w, b, m, v, *options: _instance_norm(x, m, v, w, b, *options)),
-    torch._weight_norm: _weight_norm,
+    torch_private.weight_norm: _weight_norm,
     torch.det: _det,
     torch.Tensor.det: _det,
     torch.linalg.det: _det,

@@ -55,6 +55,10 @@ any_autocast: Callable[[], bool] = getattr(_C, "_is_any_autocast_enabled", None)
 function_modes: Callable[[], int] = getattr(_C, "_len_torch_function_stack", None) or _always
 
 
+# The fused weight normalisation of `torch.nn.utils`; None where it has another name.
+weight_norm: Any = getattr(torch, "_weight_norm", None)
+
+
 def without_overrides(fn: Any) -> Callable[..., Any]:
     """A function of torch's own, written in Python, that does not ask whether a mode wants to run in its stead."""
     names = {name: lambda *_: False for name in fn.__globals__ if name.startswith("has_torch_function")}

@@ -10,7 +10,7 @@ import floors
 import jax
 import jax.numpy as jnp
 import torch
-from harness import Row, allocated, count, extra, kept, ratios
+from harness import Row, allocated, count, extra, grown, kept, ratios
 from torch import nn
 
 from interop import as_jax, as_torch, differentiable, jax_to_torch, jittable, torch_to_jax
@@ -285,6 +285,60 @@ class LastOutput(nn.Module):
 def as_jax_lstm(name: str) -> list[Row]:
     """A recurrent layer."""
     return network_rows(name, LastOutput(), torch.randn(8, 12, 16), 2.0)
+
+
+@cell("as_jax eager gradient")
+def as_jax_gradient(name: str) -> list[Row]:
+    """Against what JAX takes for the gradient of a function of one operation: its own rules are the floor."""
+    ours = differentiable(as_jax(energy_in_torch))
+    contestants = {
+        "ours": lambda: jax.block_until_ready(jax.grad(ours)(X_JAX, W_JAX)),
+        "jax.vjp of tanh": lambda: jax.block_until_ready(jax.vjp(jax.lax.tanh, X_JAX)[1](X_JAX)),
+    }
+    return ratios(name, contestants, {"jax.vjp of tanh": 1.5})
+
+
+@cell("as_jax jitted vmap of gradient")
+def as_jax_batch(name: str) -> list[Row]:
+    """A batch of gradients, against one compiled gradient after the other."""
+    gradient = jax.grad(jittable(differentiable(as_jax(energy_in_torch))))
+    batch, one = jax.random.normal(jax.random.key(0), (16, *X_JAX.shape)), jax.jit(gradient)
+    batched, rows = jax.jit(jax.vmap(gradient, in_axes=(0, None))), list(batch)
+    contestants = {
+        "ours": lambda: jax.block_until_ready(batched(batch, W_JAX)),
+        "a loop": lambda: jax.block_until_ready([one(row, W_JAX) for row in rows]),
+    }
+    return ratios(name, contestants, {"a loop": 0.5})
+
+
+@cell("as_jax in a scan of 1000 steps")
+def as_jax_scan(name: str) -> list[Row]:
+    """What one step takes more than a step of `buffer_callback`."""
+
+    def steps(step: Callable[..., jax.Array]) -> Callable[[], Any]:
+        scanned = jax.jit(lambda x: jax.lax.scan(lambda c, _: (step(c), None), x, None, length=1000)[0])
+        return lambda: scanned(X_JAX).block_until_ready()
+
+    floor = floors.torch_callback(torch.tanh, jax.ShapeDtypeStruct(X_JAX.shape, jnp.float32))
+    contestants = {"ours": steps(jittable(as_jax(torch.tanh))), "bare buffer_callback": steps(floor)}
+    return ratios(name, contestants, {"bare buffer_callback": 1.5}, per=1000)
+
+
+@cell("memory of as_jax")
+def as_jax_memory(name: str) -> list[Row]:
+    """What is left of many calls, after as many that warm up."""
+    compiled = jax.jit(jittable(as_jax(energy_in_torch)))
+    gradient = jax.grad(differentiable(as_jax(energy_in_torch)))
+
+    def retrace(i: int) -> Any:
+        return jax.jit(jax.grad(jittable(differentiable(as_jax(lambda x: (x * i).sum())))))(X_JAX)
+
+    loops = {
+        "20,000 compiled calls": (20_000, 2e6, lambda _: compiled(X_JAX, W_JAX)),
+        "1,500 eager gradients": (1_500, 2e6, lambda _: gradient(X_JAX, W_JAX)),
+        "300 new functions": (300, 40e6, retrace),
+    }
+    return [grown(name, what, *loop) for what, loop in loops.items()]
 
 
 # --- values -----------------------------------------------------------------------------------------------------------

@@ -192,6 +192,17 @@ def milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.0f} ms"
 
 
-def megabytes(size: int) -> str:
+def megabytes(size: float) -> str:
     """A size in memory."""
     return f"{size / 1e6:.1f} MB"
+
+
+def grown(cell: str, what: str, calls: int, limit: float, call: Callable[[int], object]) -> Row:
+    """Bytes that are left of so many calls, after some that warm up."""
+    for i in range(min(calls, 200)):
+        call(i)
+    before = allocated()
+    for i in range(calls):
+        call(i)
+    more = allocated() - before
+    return Row(cell, f"{more / 1e6:+.1f} MB", what, "", "", "", f"<= {megabytes(limit)}", more <= limit)
