@@ -13,7 +13,7 @@ import torch
 
 from interop._derive import Flat, Static
 from interop._errors import AbstractEvalError, OutputMismatchError, UnsupportedError
-from interop._leaf import NUMPY_OF, TORCH_OF, WIDE_INTS, describe, narrow
+from interop._leaf import NUMPY_OF, TORCH_OF, WIDE_INTS, describe, narrow, traced_device
 from interop._private import torch as torch_private
 
 
@@ -73,7 +73,7 @@ def infer_torch(flat: Flat, avals: Sequence[Aval]) -> Outputs:
     try:
         # In anomaly mode a derivative would look at values.
         with torch_private.fake_mode(), watch, torch.autograd.set_detect_anomaly(mode=False):
-            fakes = [torch.empty(aval.shape, dtype=TORCH_OF[aval.dtype], device="cpu") for aval in avals]
+            fakes = [torch.empty(aval.shape, dtype=TORCH_OF[aval.dtype], device=traced_device()) for aval in avals]
             outs, structure = flat.fn(*fakes)
             found = tuple(Aval(tuple(out.shape), NUMPY_OF[out.dtype]) for out in outs)
     except Exception as error:

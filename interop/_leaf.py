@@ -130,6 +130,12 @@ def jax_device(device: torch.device) -> Any:
     return found
 
 
+def traced_device() -> torch.device:
+    """The device that a function is traced for: where JAX puts what it is not told to put elsewhere."""
+    on_gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()
+    return torch.device("cuda") if on_gpu else torch.device("cpu")
+
+
 def _find_jax_device(device: torch.device) -> Any:
     refuse_forked()
     if device.type not in ("cpu", "cuda"):

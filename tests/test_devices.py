@@ -543,3 +543,46 @@ def test_an_eager_call_on_what_another_process_has_is_refused(ranks: list[dict[s
         assert isinstance(got, dict), got
         assert got["raised"] == "DeviceError"
         assert "jax.jit" in got["text"]
+
+
+# --- a GPU ------------------------------------------------------------------------------------------------------------
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+ON_THE_GPU: dict[str, Callable[..., Any]] = {
+    "call": lambda f, x: f(x),
+    "jit": lambda f, x: jax.jit(f)(x),
+    "gradient": lambda f, x: jax.grad(lambda x: f(x).sum())(x),
+    "jit of gradient": lambda f, x: jax.jit(jax.grad(lambda x: f(x).sum()))(x),
+    "jvp": lambda f, x: jax.jvp(f, (x,), (x,))[1],
+    "vmap": lambda f, x: jax.vmap(f)(x),
+}
+
+
+@needs_gpu
+@pytest.mark.parametrize("ask", ON_THE_GPU.values(), ids=ON_THE_GPU)
+def test_a_torch_function_runs_on_the_gpu_of_its_arguments(ask: Callable[..., Any]) -> None:
+    x = jax.device_put(jnp.arange(12.0).reshape(3, 4) / 12, jax.devices("gpu")[0])
+    scale = torch.tensor(2.0, device="cuda")
+    seen: list[torch.device] = []
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x.device)
+        return torch.tanh(x * scale)
+
+    got = ask(jittable(differentiable(as_jax(fn))), x)
+    assert jax.numpy.allclose(got, ask(lambda x: jnp.tanh(x * 2), x), atol=1e-5)
+    assert {d.platform for d in got.devices()} == {"gpu"}
+    assert {d.type for d in seen} == {"cuda"}
+
+
+@needs_gpu
+def test_what_torch_computes_on_the_gpu_is_waited_for() -> None:
+    """XLA goes on with the result of a callback when the stream of its program has come so far."""
+
+    def slow(x: torch.Tensor) -> torch.Tensor:
+        torch.cuda._sleep(50_000_000)
+        return x + 1
+
+    x = jax.device_put(jnp.zeros(1 << 20), jax.devices("gpu")[0])
+    program = jax.jit(lambda x: jittable(as_jax(slow))(x * 2) * 3)
+    assert all(bool((program(x) == 3).all()) for _ in range(10))

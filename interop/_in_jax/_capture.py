@@ -25,7 +25,7 @@ from interop._derive import NOTHING, Levels, Mask, Static
 from interop._errors import InteropError
 from interop._in_jax._flat import TorchFlat
 from interop._in_jax._random import seeding
-from interop._leaf import TORCH_OF, WIDE_FLOATS, jax_dtype, x64_enabled
+from interop._leaf import TORCH_OF, WIDE_FLOATS, jax_dtype, traced_device, x64_enabled
 from interop._private import torch as torch_private
 from interop._side import TORCH, Leaf, Leaves
 
@@ -134,10 +134,10 @@ def _capture(flat: TorchFlat, avals: tuple[Aval, ...], active: Mask) -> Capture:
     graph = torch_private.trace(
         _joint(flat, active),
         [
-            torch.empty(a.shape, dtype=TORCH_OF[a.dtype], requires_grad=r, device="cpu")
+            torch.empty(a.shape, dtype=TORCH_OF[a.dtype], requires_grad=r, device=traced_device())
             for a, r in zip(avals, active, strict=True)
         ],
-        [torch.empty(a.shape, dtype=TORCH_OF[a.dtype], device="cpu") for a in inexact],
+        [torch.empty(a.shape, dtype=TORCH_OF[a.dtype], device=traced_device()) for a in inexact],
     )
     return _Cut(graph, flat, avals, active, outputs).capture()
 
@@ -303,7 +303,7 @@ class _Cut:
         if any(not isinstance(size, int) for v in values for size in v.shape):
             raise TypeError("the shape of a residual depends on values")
         if any(_is_fused(n) or _is_narrow(n) for n in self.forward_nodes):
-            zeros = [torch.zeros(a.shape, dtype=TORCH_OF[a.dtype], device="cpu") for a in self.avals]
+            zeros = [torch.zeros(a.shape, dtype=TORCH_OF[a.dtype], device=traced_device()) for a in self.avals]
             with torch.no_grad():
                 values = list(forward(*zeros))[self.count :]
         return values
