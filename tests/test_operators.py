@@ -166,7 +166,7 @@ def test_the_page_counts_and_explains() -> None:
     assert "| float32 | **all** | 4 | 3 | 1 | 75.00 % | 1 |" in text
     assert "| `one` | float32 | grad | `ValueError: no / yes` |" in text
     assert "- it draws random numbers (1): `three` (float32)" in text
-    assert f"- {NEEDS_VALUES.removeprefix('refused: ')} (1): `one` (float32)" in text
+    assert f"- {NEEDS_VALUES.removeprefix('refused: ')} (1): `one` (float32, jit)" in text
 
 
 def test_the_page_that_was_written_says_that_99_of_100_pass() -> None:

@@ -18,7 +18,7 @@ from interop._derive import Static
 from interop._errors import InteropError
 from interop._in_jax._flat import TorchFlat
 from interop._in_jax._random import refused
-from interop._in_jax._surroundings import NOTHING, TorchState, on_stream
+from interop._in_jax._surroundings import NOTHING, TorchState, flushes, on_stream
 from interop._private import torch as torch_private
 from interop._side import Leaves
 from interop._threads import TAKING_TURNS, THREAD
@@ -34,20 +34,28 @@ def callback(flat: TorchFlat, avals: Sequence[Aval], structure: Static, *, trust
     state, modes = (flat.traced.state, flat.traced.modes) if flat.traced else (TorchState.now(), None)
     as_traced = functools.partial(flat.modes.under, modes) if flat.modes and flat.traced else contextlib.nullcontext
 
+    known = structure
+
     def run(outs: list[torch.Tensor], ins: list[torch.Tensor]) -> None:
         if trusted:
             results = flat.leaves(*ins)
         else:
             with TAKING_TURNS, as_traced():
-                results = _run_untrusted(flat, [t.clone() for t in ins], structure)
+                results, found = _run_untrusted(flat, [t.clone() for t in ins])
+            nonlocal known
+            if found.value is not known.value:
+                check_structure(found, structure, flat.name)
+                known = found  # the same object comes again
         _write(results, outs, avals, flat.name)
 
     def body(context: Any, outs: Any, *buffers: Any) -> None:
-        before = THREAD.cannot_wait
+        before, flushing, here = THREAD.cannot_wait, flushes(), state if state.is_here() else TorchState.now()
         # Nobody above but JAX's wrapper of this: a thread of XLA's own, and not the one that called the program.
         THREAD.cannot_wait = before or sys._getframe(1).f_back is None
+        if flushing:
+            torch.set_flush_denormal(False)
         try:
-            with NOTHING if state.is_here() else state.entered():
+            with NOTHING if here is state else state.entered():
                 places, ins = [export_buffer(out) for out in outs], [export_buffer(b) for b in buffers]
                 if places and places[0].is_cuda:
                     with on_stream(context, places[0].device):
@@ -58,6 +66,10 @@ def callback(flat: TorchFlat, avals: Sequence[Aval], structure: Static, *, trust
             raise RuntimeError(_said(error, flat)) from None
         finally:
             THREAD.cannot_wait = before
+            if not here.is_here():
+                here.put_back()  # the function has left a mode on
+            if flushing:
+                torch.set_flush_denormal(True)
 
     return body
 
@@ -79,16 +91,15 @@ def _is_ours(file: str) -> bool:
     return file.startswith(_LIBRARIES)
 
 
-def _run_untrusted(flat: TorchFlat, ins: list[torch.Tensor], promised: Static) -> Leaves:
+def _run_untrusted(flat: TorchFlat, ins: list[torch.Tensor]) -> tuple[Leaves, Static]:
     """Run a function of the user; one that could not be inferred is watched."""
-    watched = flat.levels.example_output is not None and flat.key is None
-    before = torch.get_rng_state() if watched else None
-    results, structure = flat.fn(*ins)
-    if structure.value is not promised.value:
-        check_structure(structure, promised, flat.name)
-    if before is not None and not torch.equal(before, torch.get_rng_state()):
+    if flat.levels.example_output is None or flat.key is not None:
+        return flat.fn(*ins)
+    before = torch.get_rng_state()
+    found = flat.fn(*ins)
+    if not torch.equal(before, torch.get_rng_state()):
         raise refused(flat.name, "what it draws is no effect that the program knows of: its shapes are not inferred")
-    return results
+    return found
 
 
 def export_buffer(buffer: Any) -> torch.Tensor:

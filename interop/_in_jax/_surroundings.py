@@ -16,6 +16,11 @@ _CPU = torch.device("cpu")
 NOTHING = contextlib.nullcontext()
 
 
+def flushes() -> bool:
+    """Whether denormal numbers are flushed to zero in this thread, as they are in a program of JAX."""
+    return bool(_TINY * _ONE == 0)
+
+
 @contextlib.contextmanager
 def on_stream(context: Any, device: torch.device) -> Generator[None]:
     """On the stream of a program on a GPU: XLA goes on when that stream has come so far."""
@@ -26,7 +31,7 @@ def on_stream(context: Any, device: torch.device) -> Generator[None]:
 class TorchState(NamedTuple):
     """What torch functions depend on beside their arguments, as it was where the program was made.
 
-    A callback runs on any thread, with that thread's modes, and with denormals flushed to zero.
+    A callback runs on any thread, with that thread's modes.
     """
 
     grad: bool
@@ -53,7 +58,6 @@ class TorchState(NamedTuple):
         return not (
             torch.is_grad_enabled() is not self.grad
             or torch.is_inference_mode_enabled() is not self.inference
-            or _TINY * _ONE == 0
             or torch.get_default_dtype() is not self.default_dtype
             or ((torch_private.any_autocast() or self.is_autocast) and TorchState.now() != self)
             or ((torch_private.function_modes() or self.default_device != _CPU) and TorchState.now() != self)
@@ -63,6 +67,14 @@ class TorchState(NamedTuple):
     def is_autocast(self) -> bool:
         """Whether some autocast is on."""
         return self.autocast[0] or self.autocast_on_gpu[0]
+
+    def put_back(self) -> None:
+        """Set what can be set; a context that was entered and not left is out of reach."""
+        torch.set_grad_enabled(self.grad)
+        for device, (enabled, dtype) in (("cpu", self.autocast), ("cuda", self.autocast_on_gpu)):
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
+        torch.set_default_dtype(self.default_dtype)
 
     @contextlib.contextmanager
     def entered(self) -> Generator[None]:
@@ -81,7 +93,4 @@ class TorchState(NamedTuple):
                 torch.set_default_dtype(self.default_dtype)
             if self.default_device != now.default_device:
                 stack.enter_context(self.default_device)
-            if _TINY * _ONE == 0:
-                torch.set_flush_denormal(False)
-                stack.callback(torch.set_flush_denormal, True)
             yield
