@@ -216,11 +216,15 @@ def jittable(fn: Any = None, /, *, example_output: Any = None) -> Any:
     and qualified name, and runs where that module can be imported; a lambda or a closure is refused. `torch.jit` is
     refused.
 
+    In JAX: `jit`, loops, branches, `checkpoint`, `shard_map`, `pmap`. A call runs the function again at each execution,
+    in the modes of torch that it was traced in. A gradient does not: forward and backward are captured as graphs when
+    they are traced, with the residuals between them; where a function can't be captured (it looks at values, or calls
+    numpy), its gradient runs it again, which the logger `interop` says at debug level. `jax.export` is refused.
+
     Args:
         fn: a crossing, or a function that a later `as_torch` or `as_jax` will cross.
-        example_output: a pytree of arrays, tensors or `jax.ShapeDtypeStruct`s, of which only shape and dtype are read,
-        or a
-            function from the inputs' `ShapeDtypeStruct`s to one.
+        example_output: a pytree of arrays, tensors or `jax.ShapeDtypeStruct`s, of which only shape and dtype are read, or
+            a function from the inputs' `ShapeDtypeStruct`s to one.
 
     Raises:
         OutputMismatchError: at the call, a result that is not what `example_output` says.
