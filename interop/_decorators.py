@@ -223,8 +223,8 @@ def jittable(fn: Any = None, /, *, example_output: Any = None) -> Any:
 
     Args:
         fn: a crossing, or a function that a later `as_torch` or `as_jax` will cross.
-        example_output: a pytree of arrays, tensors or `jax.ShapeDtypeStruct`s, of which only shape and dtype are read, or
-            a function from the inputs' `ShapeDtypeStruct`s to one.
+        example_output: a pytree of arrays, tensors or `jax.ShapeDtypeStruct`s, of which only shape and dtype are read,
+            or a function from the inputs' `ShapeDtypeStruct`s to one.
 
     Raises:
         OutputMismatchError: at the call, a result that is not what `example_output` says.
