@@ -973,7 +973,11 @@ class Slotted(BaseException):
 
 def interrupt() -> BaseException:
     """As Ctrl-C does, while torch runs."""
-    signal.raise_signal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
+    try:
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
     raise AssertionError
 
 
