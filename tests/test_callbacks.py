@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 import interop
 from interop import as_jax, as_torch, differentiable, jittable
+from together import THREADS, at_once
 
 Fn = Callable[..., Any]
 
@@ -740,20 +741,6 @@ def test_a_user_who_wants_denormals_flushed_keeps_that() -> None:
 
 
 # --- threads ----------------------------------------------------------------------------------------------------------
-
-THREADS = 8
-
-
-def at_once(work: Callable[[int], Any]) -> list[Any]:
-    """The results of as many threads, which start together."""
-    barrier = threading.Barrier(THREADS)
-
-    def start(i: int) -> Any:
-        barrier.wait()
-        return work(i)
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(start, range(THREADS)))
 
 
 def mixed(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 from torch.func import functional_call
 
 from interop import as_jax, as_torch, differentiable, jittable
+from together import processes_at_once
 
 Fn = Callable[..., Any]
 TESTS = Path(__file__).parent
@@ -509,19 +510,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         meet = f"127.0.0.1:{free.getsockname()[1]}"
     command = [sys.executable, "-W", "ignore", "-c", "import test_devices; test_devices.one_of_two_processes()"]
     logs = [tmp_path_factory.mktemp("ranks") / "log" for _ in range(2)]
-    processes = []
-    for rank, log in enumerate(logs):
-        environment = os.environ | on_devices(2) | {"MEET": meet, "RANK": str(rank)}
-        with log.open("w") as out:
-            started = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=TESTS, env=environment)
-        processes.append(started)
-    codes: list[Any] = []
-    for process in processes:
-        try:
-            codes.append(process.wait(timeout=60))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            codes.append("killed: it hung")
+    environments = [os.environ | on_devices(2) | {"MEET": meet, "RANK": str(rank)} for rank in range(2)]
+    codes = processes_at_once(command, environments, logs, cwd=TESTS, timeout=60)
     return [read(log.read_text(), code) for log, code in zip(logs, codes, strict=True)]
 
 

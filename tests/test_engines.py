@@ -11,13 +11,11 @@ import gc
 import json
 import math
 import os
-import subprocess
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import interop
 from interop import as_torch, differentiable, jittable, torch_to_jax
+from together import THREADS, at_once, processes_at_once
 
 Fn = Callable[..., Any]
 TESTS = Path(__file__).parent
@@ -195,20 +194,6 @@ def test_a_forked_child_without_a_tensor_is_told(run_python: Callable[..., str])
 
 
 # --- threads ----------------------------------------------------------------------------------------------------------
-
-THREADS = 8
-
-
-def at_once(work: Callable[[int], Any]) -> list[Any]:
-    """The results of as many threads, which start together."""
-    barrier = threading.Barrier(THREADS)
-
-    def start(i: int) -> Any:
-        barrier.wait()
-        return work(i)
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(start, range(THREADS)))
 
 
 def mixed(x: Any, y: Any) -> Any:
@@ -535,19 +520,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, A
     common = {"PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1", "MEET": str(place / "meet"), "WORLD_SIZE": "2"}
     command = [sys.executable, "-c", "import test_engines; test_engines.two_processes()"]
     logs = [place / f"{rank}" for rank in range(2)]
-    processes = []
-    for rank, log in enumerate(logs):
-        environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        with log.open("w") as out:
-            started = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=place, env=environment)
-        processes.append(started)
-    codes: list[Any] = []
-    for process in processes:
-        try:
-            codes.append(process.wait(timeout=80))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            codes.append("killed: it hung")
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    codes = processes_at_once(command, [os.environ | common | rank for rank in ranks], logs, cwd=place, timeout=80)
     found = []
     for log, code in zip(logs, codes, strict=True):
         text = log.read_text()

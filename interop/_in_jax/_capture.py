@@ -12,7 +12,7 @@ import functools
 import logging
 import operator
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -185,7 +185,9 @@ _STATISTICS = frozenset(
 def _drop_copies(module: torch.fx.GraphModule) -> None:
     """A copy of an input or a constant is that itself, where nothing that is made from it is written to."""
     for node in module.graph.find_nodes(op="call_function", target=_ATEN.clone.default):
-        if node.args[0].op in ("placeholder", "get_attr") and not any(map(_writes, _descendants(node))):
+        if node.args[0].op in ("placeholder", "get_attr") and not any(
+            map(_writes, _reached(node.users, lambda user: user.users))
+        ):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
 
@@ -194,15 +196,20 @@ def _writes(node: Any) -> bool:
     return torch_private.writes(node) or node.target in _STATISTICS
 
 
-def _descendants(node: Any) -> set[Any]:
+def _reached(starts: Iterable[Any], step: Callable[[Any], Iterable[Any]]) -> set[Any]:
+    """The nodes themselves, and all that lead from one to the next by this step."""
     found: set[Any] = set()
-    waiting = list(node.users)
+    waiting = list(starts)
     while waiting:
-        user = waiting.pop()
-        if user not in found:
-            found.add(user)
-            waiting.extend(user.users)
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting.extend(step(node))
     return found
+
+
+def _ancestors(ends: Sequence[Any]) -> set[Any]:
+    return _reached((node for node in ends if isinstance(node, torch.fx.Node)), lambda node: node.all_input_nodes)
 
 
 class _Cut:
@@ -226,20 +233,10 @@ class _Cut:
         results = list(next(node for node in nodes if node.op == "output").args[0])
         flattened, _ = torch_pytree.tree_flatten(results, is_leaf=lambda x: x is None)
         self.outs, self.grads = flattened[: self.count], flattened[self.count :]
-        self.forward_nodes = self._ancestors(self.outs)
-        self.backward_nodes = self._ancestors(self.grads) - self.forward_nodes
+        self.forward_nodes = _ancestors(self.outs)
+        self.backward_nodes = _ancestors(self.grads) - self.forward_nodes
         self._pull_up_items(nodes)
         self._push_down_views(nodes)
-
-    def _ancestors(self, ends: Sequence[Any]) -> set[Any]:
-        found: set[Any] = set()
-        waiting = [node for node in ends if isinstance(node, torch.fx.Node)]
-        while waiting:
-            node = waiting.pop()
-            if node not in found:
-                found.add(node)
-                waiting.extend(node.all_input_nodes)
-        return found
 
     def _pull_up_items(self, nodes: Sequence[Any]) -> None:
         """An item of a tuple that the forward makes belongs to the forward: tuples are no residuals."""
@@ -295,7 +292,7 @@ class _Cut:
 
     def _is_linear(self, between: Sequence[Any]) -> bool:
         active = {p for p, a in zip(self.primals, self.active, strict=True) if a}
-        return not active & (self._ancestors(between) | set(between))
+        return not active & _ancestors(between)
 
     def _residual_values(self, forward: Callable[..., Any], new: Sequence[Any]) -> Sequence[torch.Tensor]:
         """Tensors like the residuals: fake ones, or those of a trial, for kernels that keep more than they say."""
