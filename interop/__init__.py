@@ -9,7 +9,7 @@ def energy(params, x):
 forces = jax.jit(jax.grad(energy, argnums=1))
 """
 
-from interop._convert import jax_to_torch, torch_to_jax
+from interop._convert import jax_to_torch, make_functional, torch_module_to_jax, torch_to_jax
 from interop._decorators import Crossed, as_jax, as_torch, differentiable, jittable
 from interop._errors import (
     AbstractEvalError,
@@ -51,5 +51,7 @@ __all__ = [
     "differentiable",
     "jax_to_torch",
     "jittable",
+    "make_functional",
+    "torch_module_to_jax",
     "torch_to_jax",
 ]

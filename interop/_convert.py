@@ -1,9 +1,9 @@
-"""Bare values across: leaves, pytrees, devices and dtypes, for the user to keep."""
+"""Bare values across, for the user to keep: leaves, pytrees, devices and dtypes; functions; modules."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,10 +11,22 @@ import numpy as np
 import torch
 
 from interop._crossing import Crossing, refine
-from interop._errors import ContainerError, InteropError
-from interop._leaf import NUMPY_OF, share_array, share_tensor, torch_device, torch_dtype
+from interop._errors import ContainerError, DeviceError, InteropError, LeafError, PrecisionError
+from interop._leaf import (
+    NUMPY_OF,
+    WIDE_FLOATS,
+    describe,
+    resolve,
+    share_array,
+    share_tensor,
+    tensor_to_array,
+    torch_device,
+    torch_dtype,
+    x64_enabled,
+)
 from interop._leaf import jax_device as jax_device_of
 from interop._marshal import Kind, flatten, where
+from interop._module import refuse_lazy
 from interop._side import JAX, TORCH
 
 
@@ -22,7 +34,8 @@ def torch_to_jax(x: Any, /, *, copy: bool = False) -> Any:
     """The value in JAX, for the user to keep.
 
     A tensor becomes an array, a pytree is converted leaf by leaf, a `torch.device` or `torch.dtype` becomes JAX's, a
-    torch function a JAX function with every level on. Anything else comes back as itself.
+    torch function a JAX function with every level on, a module `make_functional` of it. Anything else comes back as
+    itself.
 
     A dense CPU tensor shares its memory with the array, in any order of its axes: a later write to the tensor shows in
     the array. A copy is made with `copy=True`, for memory that is not dense or not aligned to 64 bytes, for a lazily
@@ -40,6 +53,8 @@ def torch_to_jax(x: Any, /, *, copy: bool = False) -> Any:
         return jax_device_of(x)
     if isinstance(x, torch.dtype):
         return NUMPY_OF.get(x, x)
+    if isinstance(x, torch.nn.Module):
+        return make_functional(x)
     if _is_function(x):
         return refine(x, host=JAX, differentiable=True, jittable=True)
     return _map("torch_to_jax", x, (Kind.TENSOR,), functools.partial(share_tensor, copy=copy))
@@ -61,6 +76,8 @@ def jax_to_torch(x: Any, /, *, copy: bool = False) -> Any:
         return torch_device(x)
     if isinstance(x, np.dtype):
         return torch_dtype(x)
+    if isinstance(x, torch.nn.Module):
+        return x
     if _is_function(x):
         return refine(x, host=TORCH, differentiable=True, jittable=True)
     return _map("jax_to_torch", x, (Kind.ARRAY, Kind.KEY), functools.partial(share_array, copy=copy))
@@ -84,3 +101,98 @@ def _map(name: str, x: Any, kinds: tuple[Kind, ...], convert: Callable[[Any], An
 def _is_function(x: Any) -> bool:
     """A callable that is no class, and no pytree of values that happens to be callable."""
     return callable(x) and not isinstance(x, type) and (isinstance(x, Crossing) or jax.tree_util.all_leaves([x]))
+
+
+# --- modules ----------------------------------------------------------------------------------------------------------
+
+
+def make_functional(
+    module: torch.nn.Module, /, *, rng: str | None = None, mutable: bool = False, example_output: Any = None
+) -> tuple[Any, dict[str, jax.Array]]:
+    """A module as a function of JAX and its parameters.
+
+        apply, params = make_functional(net)
+        gradients = jax.grad(lambda params, x: apply(params, x).sum())(params, x)
+
+    `apply(params, *args, **kwargs)` is `jittable(differentiable(as_jax(module)))`: the module's `forward` with any
+    arguments, on these parameters. The module itself is never touched. Its buffers are constants, read at each call,
+    unless they are given in `params` under their names. Trained parameters go back by
+    `module.load_state_dict(jax_to_torch(params), strict=False)`.
+
+    Args:
+        module: any module; a compiled one is unwrapped.
+        rng: the name of a keyword of `apply`, a key of JAX, for a module that draws random numbers. See `as_jax`.
+        mutable: `apply` returns `(out, buffers)`, with the buffers as the module left them. See `as_jax`.
+        example_output: for a module whose output shapes can't be inferred. See `jittable`.
+
+    Returns:
+        `apply` and `params`, a dict by name in the order of `module.named_parameters()`: copies, in the dtypes of the
+        module and on its device. A tied parameter is there once, under its first name, and its gradient is the sum. A
+        frozen one (`requires_grad=False`) is a parameter like the others: what is trained, JAX decides.
+
+    Raises:
+        UnsupportedError: a wrapper for several devices (`module.module` is to be crossed), a scripted or a quantised
+            module, a lazy one that is not initialised.
+        LeafError: a parameter that can't cross, by its name: on the meta device, sparse, of an unknown subclass.
+        PrecisionError: a 64-bit float parameter while `jax_enable_x64` is off.
+        DeviceError: parameters on several devices.
+        At the call, LeafError: parameters that are missing, unknown, or of another shape or kind, all of them by name.
+    """
+    apply = refine(
+        module,
+        host=JAX,
+        differentiable=True,
+        jittable=True,
+        rng=rng,
+        mutable=mutable,
+        example_output=example_output,
+    )
+    return apply, _parameters_of(getattr(module, "_orig_mod", module))
+
+
+def torch_module_to_jax(model: torch.nn.Module, example_output: Any = None) -> tuple[Any, tuple[jax.Array, ...]]:
+    """The same with the parameters as a tuple, in the order of `model.parameters()`.
+
+    Args:
+        model: any module.
+        example_output: for a module whose output shapes can't be inferred; else it is not needed, nor used up.
+
+    Returns:
+        `apply(params, *args, **kwargs)` and `params`.
+
+    Raises:
+        As `make_functional` does.
+    """
+    apply, params = make_functional(model, example_output=example_output)
+    return functools.partial(_apply_by_position, apply, tuple(params)), tuple(params.values())
+
+
+def _apply_by_position(apply: Any, names: tuple[str, ...], params: Sequence[Any], /, *args: Any, **kwargs: Any) -> Any:
+    if len(params) > len(names):
+        raise LeafError(f"the module has {len(names)} parameters", got=f"{len(params)}")
+    return apply(dict(zip(names, params, strict=False)), *args, **kwargs)
+
+
+def _parameters_of(module: torch.nn.Module) -> dict[str, jax.Array]:
+    """Copies of the parameters, by name."""
+    refuse_lazy(module)
+    named = dict(module.named_parameters())
+    devices = sorted({str(t.device) for t in named.values()})
+    if len(devices) > 1:
+        raise DeviceError(f"the module has parameters on {' and '.join(devices)}", hint="Move it to one device")
+    return {name: _parameter(name, t) for name, t in named.items()}
+
+
+def _parameter(name: str, t: torch.Tensor) -> jax.Array:
+    x64 = x64_enabled()
+    try:
+        if t.dtype in WIDE_FLOATS and not x64:
+            raise PrecisionError(
+                "it would be narrowed to 32 bits",
+                got=describe(t),
+                hint="Call module.float(), or set jax.config.update('jax_enable_x64', True)",
+            )
+        return tensor_to_array(resolve(t.detach()).clone(memory_format=torch.contiguous_format), x64=x64)
+    except InteropError as error:
+        error.function, error.argument = "make_functional", f"module.{name}"
+        raise

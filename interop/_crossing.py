@@ -550,6 +550,9 @@ class Crossing(_Signed, wrapt.FunctionWrapper):  # type: ignore[misc, type-arg]
         crossed = [record.host.decorator] if record.host else []
         return f"<{' '.join([*reversed(levels), *crossed])} {record.name}>"
 
+    def __str__(self) -> str:
+        return repr(self)  # wrapt would show the module's own
+
 
 # wrapt keeps these two in a dictionary that Dynamo guards and does not read; of a property it does neither.
 _named: Any = Crossing

@@ -195,7 +195,8 @@ def _hidden(x: Any) -> str | None:
     if isinstance(x, type | types.FunctionType | types.ModuleType | types.BuiltinFunctionType):
         return None
     inside = list(getattr(x, "__dict__", {}).items())
-    inside += [(n, getattr(x, n, None)) for n in _slots(type(x))]
+    kind: Any = type(x)
+    inside += [(n, getattr(x, n, None)) for n in slots_of(kind)]
     if isinstance(x, set | frozenset | collections.abc.Mapping):
         inside += [(str(k), v) for k, v in (x.items() if isinstance(x, collections.abc.Mapping) else enumerate(x))]
     for name, value in inside:
@@ -214,7 +215,9 @@ def _is_value(x: Any) -> bool:
     return isinstance(x, torch.Tensor | jax.Array | np.ndarray)
 
 
-def _slots(t: type) -> list[str]:
+@functools.lru_cache(maxsize=1024)
+def slots_of(t: Any) -> list[str]:
+    """The names of the attributes that objects of a type keep outside `__dict__`."""
     names = [getattr(base, "__slots__", ()) for base in t.__mro__]
     return [n for ns in names for n in ((ns,) if isinstance(ns, str) else ns) if not n.startswith("__")]
 
@@ -270,7 +273,8 @@ def _attributes(x: Any) -> list[tuple[str, Any]]:
     """The attributes of a plain object; the parameters of a module are constants of the function."""
     if x is None or isinstance(x, torch.nn.Module | type | types.FunctionType):
         return []
-    return [*getattr(x, "__dict__", {}).items(), *((n, getattr(x, n, None)) for n in _slots(type(x)))]
+    kind: Any = type(x)
+    return [*getattr(x, "__dict__", {}).items(), *((n, getattr(x, n, None)) for n in slots_of(kind))]
 
 
 # --- containers -------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import sys
 import threading
 import types
 from collections import OrderedDict
@@ -12,12 +13,12 @@ from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import torch
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from interop._errors import LeafError, UnsupportedError
-from interop._marshal import find_closed_over
+from interop._leaf import describe
+from interop._marshal import find_closed_over, slots_of
 from interop._private import torch as torch_private
-
-_COMPILED = "_orig_mod."
 
 
 class ModuleFunction:
@@ -31,21 +32,27 @@ class ModuleFunction:
 
     def __init__(self, module: torch.nn.Module, *, mutable: bool = False) -> None:
         self.module: torch.nn.Module = getattr(module, "_orig_mod", module)  # compiled code knows its own parameters
+        refuse_module(self.module)
         self.mutable = mutable
         self.training = _Training(self.module)
         self.__name__ = type(self.module).__name__
         self.__doc__ = self.module.__doc__
 
     def __call__(self, params: Mapping[str, torch.Tensor], /, *args: Any, **kwargs: Any) -> Any:
-        given, before = _matched(self.module, params)
-        skeleton = _Skeleton(given, self.training.by_part()).of(self.module)
-        put = {name: (buffer, _version(buffer)) for name, buffer in _buffers(skeleton).items()}
-        out = skeleton(*args, **kwargs)
-        after = _buffers(skeleton)
+        skeleton = self._skeleton(params)
+        out = skeleton.root(*args, **kwargs)
         if self.mutable:
-            return out, after
-        _refuse_updates(skeleton, before, after, put)
+            return out, dict(skeleton.root.named_buffers())
+        skeleton.refuse_updates()
         return out
+
+    def _skeleton(self, params: Mapping[str, torch.Tensor]) -> _Skeleton:
+        modes = self.training.by_part()
+        if isinstance(params, Mapping):
+            skeleton = _Skeleton(self.module, params, modes, grows=self.mutable)
+            if skeleton.fits:
+                return skeleton
+        return _Skeleton(self.module, _by_first_name(self.module, params, grows=self.mutable), modes, grows=True)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -105,8 +112,9 @@ class ClosedOver:
 # --- the skeleton -----------------------------------------------------------------------------------------------------
 
 _PLAIN = frozenset({bool, int, float, str, type(None), torch.device, torch.dtype, torch.Size, type})
-_TABLES = ("_parameters", "_buffers", "_modules")
-_NOT_FOLLOWED = frozenset({*_TABLES, "_compiled_call_impl"})
+_CONTAINERS = frozenset({dict, OrderedDict, list, set})
+_TABLES = frozenset({"_parameters", "_buffers", "_modules"})
+_LAZY = frozenset({UninitializedParameter, UninitializedBuffer})
 
 
 class _Skeleton:
@@ -114,51 +122,135 @@ class _Skeleton:
 
     What refers to the module or its parts by another way than its tables is followed: lists, dicts, bound methods, a
     parent kept by its child. A function that closes over them can't be.
+
+    Attributes:
+        root: the module anew.
+        fits: whether every parameter was given, of its shape and kind, and nothing else was.
     """
 
-    def __init__(self, given: dict[int, torch.Tensor], training: dict[int, bool]) -> None:
-        self.given = given  # by the identity of the tensor that each stands for
-        self.training = training
+    def __init__(
+        self, module: torch.nn.Module, params: Mapping[str, torch.Tensor], modes: dict[int, bool], *, grows: bool
+    ) -> None:
+        self.params = params
+        self.modes = modes  # whether a part trains, by its identity, where the part itself does not say it
+        self.grows = grows  # whether a buffer may be given in another shape
+        self.fits = True
+        self.used = 0
+        self.given: dict[int, torch.Tensor] = {}  # by the identity of the tensor that each stands for
         self.made: dict[int, torch.nn.Module] = {}
+        self.new: list[tuple[torch.nn.Module, torch.nn.Module]] = []
+        self.buffers: list[_Buffer] = []
+        self.statistics: list[str] = []
+        self.trains = False
+        self.root = self.of(module, "")
+        self.fits = self.fits and self.used == len(params)
+        if self.fits:
+            for part, new in self.new:  # grows, where a part is found that no table holds
+                self.follow_attributes(part, new)
 
-    def of(self, module: torch.nn.Module, path: str = "") -> torch.nn.Module:
-        """The skeleton of a module; a part that is shared stays shared."""
+    def of(self, module: torch.nn.Module, prefix: str) -> torch.nn.Module:
+        """The skeleton of a part, by its tables; one that is shared stays shared."""
         made = self.made.get(id(module))
         if made is not None:
             return made
-        if isinstance(module, torch.jit.ScriptModule):
-            raise UnsupportedError(
-                f"the parameters of a scripted module ({path or type(module).__name__}) can't be replaced",
-                hint="Cross the module that it was made from",
-            )
-        if hasattr(module, "_orig_mod"):  # compiled code is bound to the module that it was made from
-            original: Any = module._orig_mod
-            new = self.made[id(module)] = self.of(original)
-            return new
-        new = self.made[id(module)] = object.__new__(type(module))
-        attributes = module.__dict__
-        new.__dict__.update(attributes)
-        for table in _TABLES:
-            new.__dict__[table] = dict(attributes[table])
-        tensors: Any = (new._parameters, new._buffers)  # no Parameter goes in, as functional_call has it
-        for own in tensors:
-            own.update({name: self.given.get(id(t), t) for name, t in own.items()})
-        for name, child in module._modules.items():
-            new._modules[name] = None if child is None else self.of(child, f"{type(module).__name__}.{name}")
-        new.training = self.training.get(id(module), module.training)
-        new.__dict__["_compiled_call_impl"] = None  # `module.compile()` has compiled the calls of the module itself
-        for name, value in attributes.items():
-            if type(value) not in _PLAIN and name not in _NOT_FOLLOWED:
-                new.__dict__[name] = self.follow(value, module, name)
+        attributes, params, given = module.__dict__, self.params, self.given
+        children = attributes["_modules"]
+        if "_orig_mod" in children:  # compiled code is bound to the module that it was made from
+            original: Any = children["_orig_mod"]
+            made = self.made[id(module)] = self.of(original, f"{prefix}_orig_mod.")
+            return made
+        kind: Any = type(module)
+        new: torch.nn.Module = object.__new__(kind)
+        self.made[id(module)] = new
+        self.new.append((module, new))
+        own = new.__dict__
+        own.update(attributes)
+        for name in slots_of(kind):
+            if hasattr(module, name):
+                object.__setattr__(new, name, getattr(module, name))
+        own["_compiled_call_impl"] = None  # `module.compile()` has compiled the calls of the module itself
+        if self.modes:
+            own["training"] = self.modes.get(id(module), module.training)
+        self.trains |= own["training"]
+        parameters = own["_parameters"] = attributes["_parameters"].copy()  # no Parameter goes in, as torch has it
+        for name, old in parameters.items():
+            if old is None:
+                continue
+            found = given.get(id(old))  # under the first of its names, where it has several
+            if found is None:
+                found = params.get(prefix + name)
+                if found is None or not _stands_for(found, old):
+                    self.fits = False
+                    continue
+                self.used += 1
+                given[id(old)] = found
+            parameters[name] = found
+        own["_buffers"] = self.copies(module, prefix, trains=own["training"]) if attributes["_buffers"] else {}
+        own["_modules"] = {
+            name: None if child is None else self.of(child, f"{prefix}{name}.") for name, child in children.items()
+        }
         return new
+
+    def copies(self, module: torch.nn.Module, prefix: str, *, trains: bool) -> dict[str, torch.Tensor | None]:
+        """The buffers of a part, as copies, which the part may write to."""
+        table = module._buffers.copy()
+        for name, old in table.items():
+            before: Any = self.params.get(prefix + name)
+            if before is not None:
+                self.used += 1
+                if not (old is None or self.grows or _stands_for(before, old)):
+                    self.fits = False
+                    continue
+            elif old is None:
+                continue
+            else:
+                before = old
+            copy = self.given.get(id(old))  # of a buffer with several names; of one that was None, there is none
+            if copy is None:
+                if old is not None and _kind(before) == "integer":
+                    before = before.to(old.dtype)  # an integer comes from JAX in 32 bits
+                copy = before.clone()
+                if old is not None:
+                    self.given[id(old)] = copy
+            table[name] = copy
+            self.buffers.append(_Buffer(prefix + name, table, name, before, copy))
+        if trains and "running_mean" in table and getattr(module, "track_running_stats", False):
+            # Batch statistics are updated in place, and no version tells.
+            self.statistics += [prefix + n for n in ("running_mean", "running_var") if table.get(n) is not None]
+        return table
+
+    def refuse_updates(self) -> None:
+        """Raise if the module wrote to its buffers."""
+        written = [buffer.name for buffer in self.buffers if buffer.is_written(compare=self.trains)]
+        if any(len(new._buffers) > len(part._buffers) for part, new in self.new):
+            known = {buffer.name for buffer in self.buffers}
+            written += [name for name, _ in self.root.named_buffers() if name not in known]
+        names = list(dict.fromkeys(self.statistics + written))
+        if names:
+            raise UnsupportedError(
+                f"the module would update its {'buffer' if len(names) == 1 else 'buffers'} {' and '.join(names)}",
+                hint="Use as_jax(mutable=True), which returns them, or call module.eval() first",
+            )
+
+    # What the attributes of a part refer to.
+
+    def follow_attributes(self, module: torch.nn.Module, new: torch.nn.Module) -> None:
+        """The values of the attributes, with the module's own parts and tensors in them replaced."""
+        own = new.__dict__
+        for name, value in own.items():
+            kind = type(value)
+            if kind in _CONTAINERS and not value:  # most are: tables of hooks
+                own[name] = kind()
+            elif kind not in _PLAIN and name not in _TABLES:
+                own[name] = self.follow(value, module, name)
 
     def follow(self, value: Any, module: torch.nn.Module, name: str) -> Any:
         """A value of an attribute, with the module's own parts and tensors in it replaced."""
         if isinstance(value, torch.nn.Module):
-            return self.made.get(id(value)) or (self.of(value) if self.is_part(value) else value)
+            return self.made.get(id(value)) or (self.of(value, f"{name}.") if self.is_part(value) else value)
         if isinstance(value, torch.Tensor):
             return self.given.get(id(value), value)
-        if type(value) in (list, tuple):
+        if type(value) in (list, tuple, set):
             return type(value)(self.follow(item, module, name) for item in value)
         if type(value) in (dict, OrderedDict):
             return type(value)((k, self.follow(v, module, name)) for k, v in value.items())
@@ -194,66 +286,19 @@ class _Skeleton:
         return id(value) in self.given or any(map(self.holds_part, items))
 
 
-def _matched(
-    module: torch.nn.Module, params: Mapping[str, torch.Tensor]
-) -> tuple[dict[int, torch.Tensor], dict[str, torch.Tensor]]:
-    """The given tensors by the identity of those that they stand for, and copies of the buffers; the buffers before."""
-    buffers = dict(module.named_buffers(remove_duplicate=False))
-    wanted = dict(module.named_parameters(remove_duplicate=False)) | buffers
-    params = {name.removeprefix(_COMPILED): value for name, value in params.items()}
-    given = {id(wanted[name]): value for name, value in params.items() if name in wanted}
-    unknown = sorted(set(params) - set(wanted))
-    missing = [name for name, old in wanted.items() if name not in buffers and id(old) not in given]
-    if unknown or missing:
-        raise LeafError(
-            "the mapping does not fit the module's parameters",
-            got=f"unknown {unknown}" if unknown else f"missing {missing}",
-            hint="Give every parameter by its name in named_parameters()",
-        )
-    before: dict[str, torch.Tensor] = {}
-    copies: dict[int, torch.Tensor] = {}
-    for name, old in buffers.items():
-        value = given.get(id(old), old)
-        # An integer comes from JAX in 32 bits.
-        before[name] = value if value.is_floating_point() or value.is_complex() else value.to(old.dtype)
-        if id(old) not in copies:
-            copies[id(old)] = before[name].clone()
-    return given | copies, before
+class _Buffer:
+    """A buffer of a skeleton: its name, the table and key that hold it, the value before, and the copy put there."""
 
+    __slots__ = ("before", "copy", "key", "name", "table", "version")
 
-def _buffers(skeleton: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return dict(skeleton.named_buffers())
+    def __init__(self, name: str, table: dict[str, Any], key: str, before: torch.Tensor, copy: torch.Tensor) -> None:
+        self.name, self.table, self.key = name, table, key
+        self.before, self.copy, self.version = before, copy, _version(copy)
 
-
-def _refuse_updates(
-    skeleton: torch.nn.Module,
-    before: dict[str, torch.Tensor],
-    after: dict[str, torch.Tensor],
-    put: dict[str, tuple[torch.Tensor, int]],
-) -> None:
-    """Raise for a module that wrote to its buffers. Batch statistics are updated in place, and no version tells."""
-    statistics = [
-        f"{name}.{buffer}" if name else buffer
-        for name, part in skeleton.named_modules()
-        if part.training and getattr(part, "track_running_stats", False)
-        for buffer in ("running_mean", "running_var")
-        if part._buffers.get(buffer) is not None
-    ]
-    training = any(part.training for part in skeleton.modules())
-    written = [
-        name
-        for name, now in after.items()
-        if name not in put
-        or now is not put[name][0]
-        or _version(now) != put[name][1]
-        or (training and _differs(now, before[name]))
-    ]
-    names = list(dict.fromkeys(statistics + written))
-    if names:
-        raise UnsupportedError(
-            f"the module would update its {'buffer' if len(names) == 1 else 'buffers'} {' and '.join(names)}",
-            hint="Use as_jax(mutable=True), which returns them, or call module.eval() first",
-        )
+    def is_written(self, *, compare: bool) -> bool:
+        """Whether it was replaced or written to; by its value too, where a write may leave no trace."""
+        now: Any = self.table.get(self.key)
+        return now is not self.copy or _version(now) != self.version or (compare and _differs(now, self.before))
 
 
 def _version(t: torch.Tensor) -> int:
@@ -265,3 +310,105 @@ def _differs(now: torch.Tensor, before: torch.Tensor) -> bool:
     if torch_private.functorch_active() or torch_private.is_traced(now) or torch_private.is_traced(before):
         return False
     return now.shape != before.shape or not torch.equal(now, before)
+
+
+# --- what fits --------------------------------------------------------------------------------------------------------
+
+
+def _stands_for(new: Any, old: Any) -> bool:
+    """Whether a value may stand for a parameter: a tensor of its shape and kind. Its precision is the caller's."""
+    if not isinstance(new, torch.Tensor) or type(old) in _LAZY or new.shape != old.shape:
+        return False
+    return new.dtype is old.dtype or _kind(new) == _kind(old)
+
+
+def _kind(t: torch.Tensor) -> str:
+    return "complex" if t.is_complex() else "real" if t.is_floating_point() else "integer"
+
+
+def _by_first_name(module: torch.nn.Module, params: Any, *, grows: bool) -> dict[str, torch.Tensor]:
+    """The mapping with every tensor under the first of its names; raises, with all that does not fit, by name."""
+    if not isinstance(params, Mapping):
+        raise _misfit([f"got {type(params).__name__}, expected a mapping by name"])
+    refuse_lazy(module)
+    buffers = _buffers_by_name(module)
+    wanted: dict[str, Any] = dict(module.named_parameters(remove_duplicate=False)) | buffers
+    first: dict[int, str] = {}
+    for name, old in wanted.items():
+        first.setdefault(id(old), name)
+    found: dict[str, torch.Tensor] = {}
+    problems: list[str] = []
+    for given, value in params.items():
+        name = given if given in wanted else given.removeprefix("_orig_mod.")  # of a module since compiled
+        if name not in wanted:
+            problems.append(f"{given}: unknown")
+            continue
+        own: Any = wanted[name]
+        canonical = name if own is None else first[id(own)]
+        may_grow = own is None or (grows and name in buffers)
+        if canonical in found:
+            problems.append(f"{given}: tied to {canonical}, which is given too")
+        elif not (may_grow or _stands_for(value, own)):
+            problems.append(f"{given}: got {describe(value)}, expected {describe(own)}")
+        found[canonical] = value
+    problems += [
+        f"{name}: missing, expected {describe(old)}"
+        for name, old in module.named_parameters()
+        if first[id(old)] not in found
+    ]
+    if problems:
+        raise _misfit(problems)
+    return found
+
+
+def _misfit(problems: list[str]) -> LeafError:
+    error = LeafError("\n    ".join(["the mapping does not fit the module:", *problems]))
+    error.argument = "params"
+    error.hint = "Give every parameter by its name in named_parameters(), once"
+    return error
+
+
+def _buffers_by_name(module: torch.nn.Module) -> dict[str, Any]:
+    """Every buffer under every name, those that are None too."""
+    return {
+        f"{path}.{name}" if path else name: buffer
+        for path, part in module.named_modules(remove_duplicate=False)
+        for name, buffer in part._buffers.items()
+    }
+
+
+def refuse_lazy(module: torch.nn.Module) -> None:
+    """Raise for a module whose parameters are still to be made."""
+    lazy = [name for name, t in (*module.named_parameters(), *module.named_buffers()) if type(t) in _LAZY]
+    if lazy:
+        raise UnsupportedError(
+            f"{' and '.join(lazy)} {'is' if len(lazy) == 1 else 'are'} not initialised yet",
+            hint="Call the module once, so that its lazy parameters get their shapes",
+        )
+
+
+def refuse_module(module: torch.nn.Module) -> None:
+    """Raise for a module that is no function of its parameters, or a wrapper around one, by name."""
+    sharded: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    for path, part in module.named_modules():
+        kind, name = type(part), f"{type(module).__name__}.{path}" if path else type(part).__name__
+        if isinstance(part, torch.jit.ScriptModule):
+            raise UnsupportedError(
+                f"the parameters of a scripted module ({name}) can't be replaced",
+                hint="Cross the module that it was made from",
+            )
+        if isinstance(part, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel) or (
+            kind.__name__ == "FullyShardedDataParallel"
+        ):
+            raise UnsupportedError(
+                f"{name} wraps a module for several devices", hint="Cross the module in it, module.module"
+            )
+        if isinstance(part, sharded):
+            raise UnsupportedError(
+                f"the parameters of {name} are sharded by fully_shard", hint="Cross the module before it is sharded"
+            )
+        if kind.__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
+            raise UnsupportedError(
+                f"{name} is quantised ({kind.__module__}.{kind.__name__}): its parameters are packed, not tensors",
+                hint="Cross the module that it was converted from",
+            )

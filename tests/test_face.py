@@ -23,6 +23,9 @@ FACE = {
     # values
     "jax_to_torch",
     "torch_to_jax",
+    # modules
+    "make_functional",
+    "torch_module_to_jax",
     # types
     "Crossed",
     # errors
