@@ -27,6 +27,7 @@ from interop._errors import (
     PrecisionError,
     UnsupportedError,
 )
+from interop._module_in_torch import WrappedJaxFunction, WrappedJaxScalarFunction
 
 __version__ = "0.1.0"
 
@@ -46,6 +47,8 @@ __all__ = [
     "OutputMismatchError",
     "PrecisionError",
     "UnsupportedError",
+    "WrappedJaxFunction",
+    "WrappedJaxScalarFunction",
     "as_jax",
     "as_torch",
     "differentiable",

@@ -11,22 +11,19 @@ import numpy as np
 import torch
 
 from interop._crossing import Crossing, refine
-from interop._errors import ContainerError, DeviceError, InteropError, LeafError, PrecisionError
+from interop._errors import ContainerError, DeviceError, InteropError, LeafError
 from interop._leaf import (
     NUMPY_OF,
-    WIDE_FLOATS,
-    describe,
-    resolve,
+    copy_to_keep,
     share_array,
     share_tensor,
-    tensor_to_array,
     torch_device,
     torch_dtype,
-    x64_enabled,
 )
 from interop._leaf import jax_device as jax_device_of
 from interop._marshal import Kind, flatten, where
 from interop._module import refuse_lazy
+from interop._module_in_torch import WrappedJaxFunction
 from interop._side import JAX, TORCH
 
 
@@ -64,7 +61,8 @@ def jax_to_torch(x: Any, /, *, copy: bool = False) -> Any:
     """The value in torch, for the user to keep.
 
     An array becomes a tensor, a pytree is converted leaf by leaf, a `jax.Device` or numpy dtype becomes torch's, a JAX
-    function a torch function with every level on. Anything else comes back as itself.
+    function a torch function with every level on, a pytree that can be called (a model of equinox or nnx)
+    `WrappedJaxFunction` of it. Anything else comes back as itself.
 
     The tensor shares its memory with the array, which JAX takes for immutable: write to it only after `copy=True`. A
     sharded array is gathered first. This waits until the array's value is there.
@@ -80,6 +78,8 @@ def jax_to_torch(x: Any, /, *, copy: bool = False) -> Any:
         return x
     if _is_function(x):
         return refine(x, host=TORCH, differentiable=True, jittable=True)
+    if callable(x) and not isinstance(x, type):
+        return WrappedJaxFunction(x)
     return _map("jax_to_torch", x, (Kind.ARRAY, Kind.KEY), functools.partial(share_array, copy=copy))
 
 
@@ -180,19 +180,11 @@ def _parameters_of(module: torch.nn.Module) -> dict[str, jax.Array]:
     devices = sorted({str(t.device) for t in named.values()})
     if len(devices) > 1:
         raise DeviceError(f"the module has parameters on {' and '.join(devices)}", hint="Move it to one device")
-    return {name: _parameter(name, t) for name, t in named.items()}
-
-
-def _parameter(name: str, t: torch.Tensor) -> jax.Array:
-    x64 = x64_enabled()
-    try:
-        if t.dtype in WIDE_FLOATS and not x64:
-            raise PrecisionError(
-                "it would be narrowed to 32 bits",
-                got=describe(t),
-                hint="Call module.float(), or set jax.config.update('jax_enable_x64', True)",
-            )
-        return tensor_to_array(resolve(t.detach()).clone(memory_format=torch.contiguous_format), x64=x64)
-    except InteropError as error:
-        error.function, error.argument = "make_functional", f"module.{name}"
-        raise
+    arrays: dict[str, jax.Array] = {}
+    for name, tensor in named.items():
+        try:
+            arrays[name] = copy_to_keep(tensor)
+        except InteropError as error:
+            error.function, error.argument = "make_functional", f"module.{name}"
+            raise
+    return arrays

@@ -70,6 +70,7 @@ class Record:
     vmap: str = "auto"
     rng: str | None = None
     mutable: bool = False
+    gradient_at_once: bool = False  # of a scalar function in torch: computed with the value
     signature: Any = None
 
     @property
@@ -214,7 +215,9 @@ class Entry:
         if spec.plain and promised is None and numbers is None and not any(impls):
             fn = lambda *leaves: flat_result(function(*leaves))  # noqa: E731 - the same, with nothing to put together
 
-        levels = Levels(record.differentiable, record.jittable, promised, record.jit, record.vmap)
+        levels = Levels(
+            record.differentiable, record.jittable, promised, record.jit, record.vmap, record.gradient_at_once
+        )
         nondiff = tuple(spec.argnames[i] in record.nondiff_argnames for i in dynamic) if record.nondiff_argnames else ()
         lost = functools.partial(find_closed_over, function, _would_be_lost, spec.names)
         known = (guest, fn, record.name, levels, nondiff, lambda i: spec.path(dynamic[i]), lost)

@@ -44,6 +44,7 @@ class Levels:
     example_output: Any = None  # a callable of the inputs' avals, or None where shapes are inferred
     jit: bool = True  # as_torch: whether the JAX function may be traced
     vmap: str = "auto"  # as_jax: "auto" or "sequential"
+    at_once: bool = False  # as_torch: whether the gradient of the first output, a number, comes with it
 
 
 @dataclass(eq=False, repr=False)

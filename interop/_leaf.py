@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from jax.sharding import SingleDeviceSharding
 
-from interop._errors import DeviceError, LeafError, NarrowingError
+from interop._errors import DeviceError, LeafError, NarrowingError, PrecisionError
 from interop._private import jax as jax_private
 from interop._private import torch as torch_private
 from interop._threads import refuse_forked
@@ -325,6 +325,18 @@ def share_tensor(t: torch.Tensor, *, copy: bool = False) -> jax.Array:
     elif copy or t.data_ptr() & 63:
         t = t.clone()
     return import_tensor(_compact(t))
+
+
+def copy_to_keep(t: torch.Tensor) -> jax.Array:
+    """A copy of a tensor as an array that the user keeps; raises for 64-bit floats that JAX would narrow."""
+    x64 = x64_enabled()
+    if t.dtype in WIDE_FLOATS and not x64:
+        raise PrecisionError(
+            "it would be narrowed to 32 bits",
+            got=describe(t),
+            hint="Call module.float(), or set jax.config.update('jax_enable_x64', True)",
+        )
+    return tensor_to_array(resolve(t.detach()).clone(memory_format=torch.contiguous_format), x64=x64)
 
 
 def _compact(t: torch.Tensor) -> torch.Tensor:

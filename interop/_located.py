@@ -29,6 +29,8 @@ def locate(fn: Any, guest_of: Callable[[Any], Any]) -> Any:
         if not all(isinstance(a, _CONSTANTS) for a in arguments):
             raise _refusal(fn, "a partial of values that are not constants")
         return {"partial": locate(fn.func, guest_of), "args": list(fn.args), "keywords": fn.keywords}
+    if hasattr(type(fn), "place"):  # one of ours, which knows what it is made of
+        return {"made": [type(fn).__module__, type(fn).__qualname__], "of": fn.place(guest_of)}
     if isinstance(fn, types.MethodType):
         return {"method": fn.__name__, "of": _place(fn.__self__)}
     module, name = getattr(fn, "__module__", None), getattr(fn, "__qualname__", None)
@@ -49,6 +51,10 @@ def find(place: Any, guest_of: Callable[[Any], Any]) -> Any:
         return guest_of(look_up(module, name))
     if "partial" in place:
         return functools.partial(find(place["partial"], guest_of), *place["args"], **place["keywords"])
+    if "made" in place:
+        module, name = place["made"]
+        importlib.import_module(module)
+        return look_up(module, name).at(place["of"], guest_of)
     owner = find(place["of"], guest_of)
     return types.MethodType(guest_of(type(owner).__dict__[place["method"]]), owner)
 
@@ -83,14 +89,22 @@ def _refusal(x: Any, why: str) -> UnsupportedError:
 
 def dump_spec(spec: Spec) -> dict[str, Any]:
     """The structure of a call; raises for a container or a static that has no words."""
-    trees = [list(map(_dump_token, tree.tokens)) for tree in spec.trees]
-    return {"positional": spec.positional, "names": spec.names, "trees": trees}
+    return {"positional": spec.positional, "names": spec.names, "trees": list(map(dump_tree, spec.trees))}
 
 
 def load_spec(dumped: dict[str, Any]) -> Spec:
     """The structure again."""
-    trees = tuple(Tree(tuple(map(_load_token, tokens))) for tokens in dumped["trees"])
-    return Spec(dumped["positional"], tuple(dumped["names"]), trees)
+    return Spec(dumped["positional"], tuple(dumped["names"]), tuple(map(load_tree, dumped["trees"])))
+
+
+def dump_tree(tree: Tree) -> list[Any]:
+    """The structure of a pytree; raises for a container or a static that has no words."""
+    return list(map(_dump_token, tree.tokens))
+
+
+def load_tree(dumped: list[Any]) -> Tree:
+    """The structure again."""
+    return Tree(tuple(map(_load_token, dumped)))
 
 
 _MAKE: dict[Any, Callable[[Any], Any]] = {

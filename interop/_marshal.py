@@ -479,6 +479,13 @@ class Tree:
     def __hash__(self) -> int:
         return self._hash
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tree:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By a pytree of this structure, which pickles where its containers do."""
+        return _tree_of, (self.unflatten([np.zeros(0)] * len(self.kinds)), self.kinds)
+
     def matches(self, other: Tree) -> bool:
         """Whether the other has the same containers and statics, whatever kinds of leaves."""
         mine, theirs = ([Kind if type(token) is Kind else token for token in tree.tokens] for tree in (self, other))
@@ -494,8 +501,12 @@ class Tree:
 
     def paths(self) -> list[str]:
         """Where each dynamic leaf is."""
-        found: list[str] = []
-        _walk_paths(iter(self.tokens), "", found)
+        return ["".join(route) for route in self.routes()]
+
+    def routes(self) -> list[tuple[str, ...]]:
+        """The same in its parts, one for each container."""
+        found: list[tuple[str, ...]] = []
+        _walk_routes(iter(self.tokens), (), found)
         return found
 
 
@@ -508,13 +519,13 @@ def _build(tokens: Iterator[Any], leaves: Iterator[Any]) -> Any:
     return token.build([_build(tokens, leaves) for _ in token.names])
 
 
-def _walk_paths(tokens: Iterator[Any], path: str, found: list[str]) -> None:
+def _walk_routes(tokens: Iterator[Any], route: tuple[str, ...], found: list[tuple[str, ...]]) -> None:
     token = next(tokens)
     if type(token) is Kind:
-        found.append(path)
+        found.append(route)
     elif type(token) is Container:
         for name in token.names:
-            _walk_paths(tokens, path + name, found)
+            _walk_routes(tokens, (*route, name), found)
 
 
 def flatten(tree: object, *, numbers_static: bool = False) -> tuple[list[Any], Tree]:
@@ -529,6 +540,12 @@ def flatten(tree: object, *, numbers_static: bool = False) -> tuple[list[Any], T
     flattener = _Flattener(numbers_static=numbers_static)
     flattener.add(tree)
     return flattener.leaves, Tree(tuple(flattener.tokens))
+
+
+def _tree_of(hollow: Any, kinds: tuple[Kind, ...]) -> Tree:
+    """The structure of a pytree whose leaves are of these kinds."""
+    rest = iter(kinds)
+    return Tree(tuple(next(rest) if type(t) is Kind else t for t in flatten(hollow, numbers_static=True)[1].tokens))
 
 
 SINGLE_TENSOR = Tree((Kind.TENSOR,))

@@ -24,6 +24,8 @@ FACE = {
     "jax_to_torch",
     "torch_to_jax",
     # modules
+    "WrappedJaxFunction",
+    "WrappedJaxScalarFunction",
     "make_functional",
     "torch_module_to_jax",
     # types
@@ -115,6 +117,7 @@ ORDER = [
     "_module",
     "_compiled",
     "_crossing",
+    "_module_in_torch",
     "_convert",
     "_decorators",
     "__init__",

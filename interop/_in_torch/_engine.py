@@ -250,13 +250,14 @@ class _Eager(torch.autograd.Function):
         if ctx.kept is None:
             raise _freed()
         flat, plan, xs, versions, residuals = ctx.kept
-        if plan.scaled and not _is_grad_enabled():
+        if plan.scaled and not _is_grad_enabled() and plan.serves(cotangents):
             if not _keeps_graph():
                 ctx.kept = None
             return _scaled(flat, plan, residuals, cotangents)
         need = ctx.needs_input_grad[1:]
         present = tuple([c is not None for c in cotangents])
-        if _is_grad_enabled():  # create_graph: from the original function and its primals, so that any order works
+        # create_graph: from the original function and its primals, so that any order works
+        if _is_grad_enabled() or not plan.serves(cotangents):
             wanted = plan.reach(need, present)
             grads = _higher_order(flat, _unchanged(xs, versions), wanted, present, cotangents)
         else:
@@ -548,7 +549,7 @@ class _Traced(torch.autograd.Function):
         grads: Sequence[Any] = ()
         if any(wanted):
             kept = ctx.saved_tensors  # unpacked once: checkpoint allows no more
-            if plan is None or _is_grad_enabled():
+            if plan is None or _is_grad_enabled() or not plan.serves(cotangents):
                 grads = _higher_order(flat, kept[:count], wanted, present, cotangents)
             else:
                 given = [c for c in cotangents if c is not None]

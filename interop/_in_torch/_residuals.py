@@ -36,8 +36,8 @@ class Plan:
         rough: the outputs that have no derivative in any active input.
         guarded: of what is saved, what is an input or an output.
         reached: for each output that is inexact, the active inputs that its cotangent reaches.
-        scaled: whether what is saved are the gradients themselves, to be multiplied by the one cotangent; for each
-            input then, which of them is its own.
+        scaled: whether what is saved are the gradients themselves, those of the first number of the outputs, to be
+            multiplied by its cotangent; for each input then, which of them is its own.
         pull: `(saved, cotangents)` to the cotangents of the active primals, under a trace.
     """
 
@@ -61,6 +61,13 @@ class Plan:
         if self.scaled:
             order, reached = itertools.count(), iter(self.reached[0])
             self.gradients = tuple(next(order) if active and next(reached) else None for active in self.active)
+
+    def serves(self, cotangents: Sequence[Any]) -> bool:
+        """Whether what is saved is enough: where it is the gradients of one output, the others can't ask."""
+        if not self.scaled or self.count == 1:
+            return True
+        first, *others = pick(tuple(cotangents), self.inexact)
+        return first is not None and all(c is None for c in others)
 
     def reach(self, need: Mask, present: Mask) -> Mask:
         """Those of the inputs under `need` that a cotangent under `present` reaches: the others have no gradient."""
@@ -115,10 +122,12 @@ def _residual_forward(flat: JaxFlat, active: Mask) -> FlatFn:
         some, pull, others = _pulled_back(inexact_part, cost, pick(leaves, active))
         outs = join(inexact, some, others)
         residuals, saved, pulled, reached = _described(pull, leaves, outs, some, sum(active))
-        scaled = cost <= _AT_ONCE and _is_pulled_at_once(program, some, pick(leaves, active))
+        alone = len(some) == 1 and cost <= _AT_ONCE
+        scaled = (alone or flat.levels.at_once) and _is_pulled_at_once(program, some, pick(leaves, active))
         if scaled:
             of = {"input": leaves, "output": outs, "residual": residuals}
-            grads = pulled(tuple(of[origin][i] for origin, i in saved), (jnp.ones_like(some[0]),))
+            upstream = (jnp.ones_like(some[0]), *(None,) * (len(some) - 1))
+            grads = pulled(tuple(of[origin][i] for origin, i in saved), upstream)
             residuals = pick(grads, reached[0])
             saved = tuple(("residual", i) for i in range(len(residuals)))
             pulled = _scaling(reached[0], pick(leaves, active))
@@ -215,14 +224,14 @@ _AT_ONCE = 3e3
 
 
 def _is_pulled_at_once(program: Any, some: Leaves, primals: Leaves) -> bool:
-    """Whether the gradients are computed with the value: those of a small function of one number.
+    """Whether the gradients are computed with the value: those of one number, the first of the outputs.
 
     They are its pull-back of 1, and the pull-back of any cotangent is a multiple of them: not where a rule of the
     user's may be none, and not in 16 bits, where a loss is scaled because its gradients would underflow.
     """
-    if len(some) != 1 or some[0].shape:
+    if not some or some[0].shape:
         return False
-    dtypes = {x.dtype for x in (*some, *primals)}
+    dtypes = {x.dtype for x in (some[0], *primals)}
     return len(dtypes) == 1 and dtypes <= _WIDE and jax_private.is_linear_in_cotangents(program.jaxpr)
 
 
@@ -234,7 +243,7 @@ def _scaling(reached: Mask, primals: Leaves) -> Callable[[Leaves, Leaves], Leave
     avals = [jax.typeof(x) for x in primals]
 
     def pulled(gradients: Leaves, cotangents: Leaves) -> Leaves:
-        ((cotangent,), rest) = cotangents, iter(gradients)
+        cotangent, rest = cotangents[0], iter(gradients)
         return tuple(
             next(rest) * cotangent if there else jnp.zeros(aval.shape, aval.dtype)
             for there, aval in zip(reached, avals, strict=True)
