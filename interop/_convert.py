@@ -22,7 +22,7 @@ from interop._leaf import (
 )
 from interop._leaf import jax_device as jax_device_of
 from interop._marshal import Kind, flatten, where
-from interop._module import refuse_lazy
+from interop._module_in_jax import refuse_lazy
 from interop._module_in_torch import WrappedJaxFunction
 from interop._side import JAX, TORCH
 

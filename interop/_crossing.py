@@ -37,7 +37,7 @@ from interop._leaf import (
 )
 from interop._located import dump_spec, find, load_spec, locate, look_up
 from interop._marshal import SINGLE_TENSOR, Kind, Marshaller, Spec, Tree, find_closed_over, flatten
-from interop._module import ClosedOver, ModuleFunction
+from interop._module_in_jax import ClosedOver, ModuleFunction
 from interop._side import JAX, TORCH, Leaf, Leaves, Side
 from interop._signature import signature_of, translate_signature, with_key
 

@@ -1,4 +1,4 @@
-"""A JAX function of its parameters as a torch module."""
+"""A JAX function of its parameters as a torch module. Mirror of `_module_in_jax`."""
 
 from __future__ import annotations
 

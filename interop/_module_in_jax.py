@@ -1,4 +1,4 @@
-"""A torch module as a function of its parameters, so that the rest never sees a module."""
+"""A torch module as a function of its parameters. Mirror of `_module_in_torch`."""
 
 from __future__ import annotations
 
