@@ -155,7 +155,7 @@ def torch_module_to_jax(model: torch.nn.Module, example_output: Any = None) -> t
 
     Args:
         model: any module.
-        example_output: for a module whose output shapes can't be inferred; else it is not needed, nor used up.
+        example_output: as of `make_functional`; shapes that can be inferred need none.
 
     Returns:
         `apply(params, *args, **kwargs)` and `params`.
@@ -164,13 +164,14 @@ def torch_module_to_jax(model: torch.nn.Module, example_output: Any = None) -> t
         As `make_functional` does.
     """
     apply, params = make_functional(model, example_output=example_output)
-    return functools.partial(_apply_by_position, apply, tuple(params)), tuple(params.values())
+    by_position = functools.update_wrapper(functools.partial(_by_position, apply, tuple(params)), apply)
+    return by_position, tuple(params.values())
 
 
-def _apply_by_position(apply: Any, names: tuple[str, ...], params: Sequence[Any], /, *args: Any, **kwargs: Any) -> Any:
-    if len(params) > len(names):
+def _by_position(apply: Any, names: tuple[str, ...], params: Sequence[Any], /, *args: Any, **kwargs: Any) -> Any:
+    if len(params) != len(names):
         raise LeafError(f"the module has {len(names)} parameters", got=f"{len(params)}")
-    return apply(dict(zip(names, params, strict=False)), *args, **kwargs)
+    return apply(dict(zip(names, params, strict=True)), *args, **kwargs)
 
 
 def _parameters_of(module: torch.nn.Module) -> dict[str, jax.Array]:

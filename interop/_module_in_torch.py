@@ -37,9 +37,10 @@ class WrappedJaxFunction(torch.nn.Module):
 
     Each float or complex array in `jax_params` is a parameter, named by its path below `params`:
     `{"params": {"Dense_0": {"kernel": …}}}` has `params.params.Dense_0.kernel`, a list `params.0`, `params.1`, an array
-    on its own `params.0`. Integer and bool arrays, and keys of JAX, are buffers under such names. Anything else (a
-    number of Python, a string, a function, None) stays in the structure. A checkpoint whose names are positions
-    (`params.0`, `params.1`, …, in the order of `jax.tree.leaves`) loads too.
+    on its own `params.0`. They are in the order of `jax.tree.leaves`, but for arrays beside a container, which come
+    before it. Integer and bool arrays, and keys of JAX, are buffers under such names. Anything else (a number of
+    Python, a string, a function, None) stays in the structure. A checkpoint whose names are positions (`params.0`,
+    `params.1`, …, in the order of `jax.tree.leaves`) loads too.
 
     A model stands for its function, and says itself what it trains:
 
@@ -91,7 +92,9 @@ class WrappedJaxFunction(torch.nn.Module):
         function, jax_params, state = _taken_apart(jax_function, jax_params, state)
         self.jax_function = jax_function
         self.has_aux = has_aux
-        self.rngs = rngs if isinstance(rngs, str) and not isinstance(function, _Model) else _as_tuple(rngs)
+        # flax takes keys by the names of its own streams.
+        by_stream = isinstance(function, _Linen | _Nnx) or not isinstance(rngs, str)
+        self.rngs: Any = _as_tuple(rngs) if by_stream else rngs
         self.params = _Arrays("params", jax_params, trains=True, clone=clone_params)
         self.state = None if state is None else _Arrays("state", state, trains=False, clone=True)
         self._function = _Applied(
@@ -216,20 +219,25 @@ class _Arrays(_Node):
         super().__init__()
         self.name = name
         leaves, self.tree = flatten(pytree, numbers_static=True)
-        self.impls = tuple(_impl(leaf) if kind is Kind.KEY else None for leaf, kind in _with_kinds(leaves, self.tree))
-        self.names = tuple(".".join(route) for route in _routes(self.tree))
-        self.places: list[tuple[_Node, str]] = []
+        every = list(zip(leaves, self.tree.kinds, _routes(self.tree), strict=True))
+        self.impls = tuple(_impl(leaf) if kind is Kind.KEY else None for leaf, kind, _ in every)
+        self.names = tuple(".".join(route) for *_, route in every)
+        places: dict[int, tuple[_Node, str]] = {}
         shared: set[int] = set()
-        for route, (leaf, kind) in zip(_routes(self.tree), _with_kinds(leaves, self.tree), strict=True):
+        self.order = _order_in_jax(self.tree)
+        for index in self.order:
+            leaf, kind, route = every[index]
             try:
                 tensor = _tensor(leaf, kind, clone=clone or id(leaf) in shared)
             except InteropError as error:
-                error.function, error.argument = type(self).__name__, f"{name}.{'.'.join(route)}"
+                error.function, error.argument = type(self).__name__, f"{name}.{self.names[index]}"
                 raise
             shared.add(id(leaf))
-            self._hold(route, tensor, trains=trains and (tensor.is_floating_point() or tensor.is_complex()))
+            trained = trains and (tensor.is_floating_point() or tensor.is_complex())
+            places[index] = self._hold(route, tensor, trained=trained)
+        self.places = [places[index] for index in range(len(every))]
 
-    def _hold(self, route: tuple[str, ...], tensor: torch.Tensor, *, trains: bool) -> None:
+    def _hold(self, route: tuple[str, ...], tensor: torch.Tensor, *, trained: bool) -> tuple[_Node, str]:
         """Put a tensor where its path leads. Into the tables themselves: a name may be that of an attribute."""
         node: _Node = self
         for part in route[:-1]:
@@ -242,11 +250,11 @@ class _Arrays(_Node):
         name = route[-1]
         if name in node._modules or name in node._parameters or name in node._buffers:
             raise _twice(self.name, route)
-        if trains:
+        if trained:
             node._parameters[name] = torch.nn.Parameter(tensor)
         else:
             node._buffers[name] = tensor
-        self.places.append((node, name))
+        return node, name
 
     def read(self) -> list[torch.Tensor]:
         """The tensors as they are now."""
@@ -280,19 +288,14 @@ class _Arrays(_Node):
         positional = [f"{prefix}{i}" for i in range(len(self.names))]
         if set(positional) != {key for key in state_dict if key.startswith(prefix)}:
             return
-        order = [int(i) for i in jax.tree.leaves(self.tree.unflatten([np.asarray(i) for i in range(len(self.names))]))]
         values = [state_dict.pop(key) for key in positional]
-        state_dict.update({f"{prefix}{self.names[i]}": value for i, value in zip(order, values, strict=True)})
+        state_dict.update({f"{prefix}{self.names[i]}": value for i, value in zip(self.order, values, strict=True)})
 
 
 def _held(node: _Node, name: str) -> Any:
     """The tensor of this name; of one that is parametrized, what it is computed to be."""
     table: dict[str, Any] = node._parameters if name in node._parameters else node._buffers
     return table[name] if name in table else getattr(node, name)
-
-
-def _with_kinds(leaves: Sequence[Any], tree: Tree) -> list[tuple[Any, Kind]]:
-    return list(zip(leaves, tree.kinds, strict=True))
 
 
 def _impl(key: Any) -> str:
@@ -307,6 +310,13 @@ def _tensor(leaf: Any, kind: Kind, *, clone: bool) -> torch.Tensor:
         leaf = array_of_numpy(leaf)
     found = array_to_tensor(jax.random.key_data(leaf) if kind is Kind.KEY else leaf)
     return found.clone() if clone else found
+
+
+def _order_in_jax(tree: Tree) -> list[int]:
+    """The leaves in the order of `jax.tree.leaves`, which sorts dicts; last, those that JAX does not see."""
+    numbered = tree.unflatten([np.asarray(i) for i in range(len(tree.kinds))])
+    seen = [int(x) for x in jax.tree.leaves(numbered) if isinstance(x, np.ndarray)]
+    return [*seen, *(i for i in range(len(tree.kinds)) if i not in set(seen))]
 
 
 def _routes(tree: Tree) -> list[tuple[str, ...]]:
@@ -407,7 +417,7 @@ class _Applied:
             return value
         leaves, tree = flatten(aux[0], numbers_static=True)
         if not self.scalar:
-            leaves = [jax.lax.stop_gradient(x) if kind is Kind.ARRAY else x for x, kind in _with_kinds(leaves, tree)]
+            leaves = [jax.lax.stop_gradient(x) if isinstance(x, jax.Array) else x for x in leaves]
         return value, tree.unflatten(leaves)
 
     def _signature(self) -> tuple[inspect.Signature, dict[str, bool]]:

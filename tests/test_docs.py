@@ -1,27 +1,42 @@
-"""What a reader is shown has run: the README, its table of what works, the quickstart, the benchmarks."""
+"""What a reader is shown has run: the README, its table of what works, the pages beside the examples, the quickstart."""
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import equinox
+import jax
 import jax.numpy as jnp
 import pytest
 import torch
+from flax import linen, nnx
 
-from interop import as_torch, differentiable, jittable
+from interop import WrappedJaxFunction, as_torch, differentiable, jittable
 from test_transforms import GAPS
 from test_transforms import __file__ as TRANSFORMS
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-BLOCKS = [
-    pytest.param(found.group(1), README.read_text()[: found.start(1)].count("\n"), id=f"line{found.start(1)}")
-    for found in re.finditer(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-]
+PAGES = [README, *sorted((ROOT / "examples").glob("*.md"))]
+
+
+def blocks(language: str) -> list[Any]:
+    """The blocks of every page that are marked so: the page, the block, the line before it."""
+    found = [
+        (page, block)
+        for page in PAGES
+        for block in re.finditer(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+    ]
+    rows = [(page, block.group(1), page.read_text()[: block.start(1)].count("\n")) for page, block in found]
+    return [pytest.param(*row, id=f"{row[0].stem}-line{row[2]}") for row in rows]
 
 
 def run_file(path: str, *arguments: str, timeout: float) -> str:
@@ -39,20 +54,82 @@ def run_file(path: str, *arguments: str, timeout: float) -> str:
     return done.stdout
 
 
-# --- the README -------------------------------------------------------------------------------------------------------
+# --- the pages --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("block", "line"), BLOCKS)
-def test_every_block_of_the_readme_prints_what_it_says(
-    block: str, line: int, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("page", "block", "line"), blocks("python"))
+def test_every_block_runs_alone_and_prints_what_it_says(
+    page: Path, block: str, line: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    exec(compile("\n" * line + block, README, "exec"), {"__name__": "readme"})
+    exec(compile("\n" * line + block, page, "exec"), {"__name__": page.stem})
     assert capsys.readouterr().out.splitlines() == re.findall(r"^ *print\(.*\)  # (.*)$", block, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("page", "block", "line"), blocks("py"))
+def test_a_block_of_another_library_is_python(page: Path, block: str, line: int) -> None:
+    """It is marked so because it can't run here: what could run is marked to be run."""
+    ast.parse(block)
+    assert not re.search(r"^(from|import) interop\b", block, re.MULTILINE)
 
 
 def test_the_readme_names_targets_that_exist() -> None:
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"\bmake ([a-z]+)\b(?= {2,}#|`)", README.read_text())) <= targets
+
+
+# --- the table of models ----------------------------------------------------------------------------------------------
+
+
+def of_linen() -> dict[str, Any]:
+    model = linen.Sequential([linen.Dense(4), linen.BatchNorm(use_running_average=True), linen.Dense(1)])
+    return {"model": model, "variables": model.init(jax.random.key(0), jnp.ones((2, 3)))}
+
+
+def of_haiku() -> dict[str, Any]:
+    """What haiku's `transform` returns, of a model that needs its key when it trains."""
+    return {"model": SimpleNamespace(apply=lambda w, key, x: mask(key, x) @ w), "params": jnp.ones((3, 1))}
+
+
+def mask(key: Any, x: Any) -> Any:
+    return x if key is None else x * jax.random.bernoulli(key, 0.5, x.shape)
+
+
+class Dropped(equinox.Module):
+    """A layer that takes a key."""
+
+    w: jax.Array
+    dropout: equinox.nn.Dropout
+
+    def __call__(self, x: Any, *, key: Any) -> Any:
+        return self.dropout(x, key=key) @ self.w
+
+
+MODELS: dict[str, Callable[[], dict[str, Any]]] = {
+    "flax.linen": of_linen,
+    "flax.nnx": lambda: {
+        "model": nnx.Sequential(nnx.Linear(3, 1, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(0)))
+    },
+    "equinox": lambda: {"model": Dropped(jnp.ones((3, 1)), equinox.nn.Dropout(0.5))},
+    "haiku": of_haiku,
+    "any function": lambda: {"function": lambda w, x: x @ w["w"], "params": {"w": jnp.ones((3, 1))}},
+}
+ROWS = dict(re.findall(r"^\| ([\w. ]+) \| `(WrappedJaxFunction\(.*?)`:? ?.* \|$", README.read_text(), re.MULTILINE))
+
+
+def test_the_table_of_models_is_whole() -> None:
+    assert set(ROWS) == set(MODELS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_line_of_the_table_of_models_trains(name: str) -> None:
+    """And has a mode in which it gives one value twice."""
+    module = eval(ROWS[name], {"WrappedJaxFunction": WrappedJaxFunction} | MODELS[name]())
+    x = torch.rand(2, 3)
+    module(x).sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+    assert list(module.parameters())
+    module.eval()
+    assert torch.equal(module(x), module(x))
 
 
 # --- the table of what works ------------------------------------------------------------------------------------------
@@ -108,6 +185,7 @@ SHOWN = [
     ("DDP", "test_engines.py::test_ddp"),
     ("FSDP2", "test_engines.py::test_fsdp"),
     ("Lightning Fabric", "test_engines.py::test_fabric"),
+    ("programs written for torch-jax-interop, with their import changed", "test_seed.py::test_a_flax_model_in_torch"),
 ]  # fmt: skip
 SHOWN_IN_JAX = [
     ("`value_and_grad`, jitted pull-backs, third order, `linearize`, `while_loop`, `fori_loop`, `switch`, `map`, `associative_scan`, `custom_vjp`, `custom_jvp`, `eval_shape`, `make_jaxpr`, ahead-of-time compilation", "test_in_jax.py::test_a_transform"),
