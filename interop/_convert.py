@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from interop._crossing import Crossing, refine
-from interop._errors import ContainerError, DeviceError, InteropError, LeafError
+from interop._errors import ContainerError, DeviceError, InteropError, LeafError, OptionError
 from interop._leaf import (
     NUMPY_OF,
     copy_to_keep,
@@ -138,6 +138,8 @@ def make_functional(
         DeviceError: parameters on several devices.
         At the call, LeafError: parameters that are missing, unknown, or of another shape or kind, all of them by name.
     """
+    if not isinstance(module, torch.nn.Module):
+        raise OptionError(f"make_functional of a {type(module).__name__}", expected="an nn.Module", hint=_NO_MODULE)
     apply = refine(
         module,
         host=JAX,
@@ -148,6 +150,9 @@ def make_functional(
         example_output=example_output,
     )
     return apply, _parameters_of(getattr(module, "_orig_mod", module))
+
+
+_NO_MODULE = "A function needs no parameters: torch_to_jax(function)"
 
 
 def torch_module_to_jax(model: torch.nn.Module, example_output: Any = None) -> tuple[Any, tuple[jax.Array, ...]]:
@@ -169,18 +174,26 @@ def torch_module_to_jax(model: torch.nn.Module, example_output: Any = None) -> t
 
 
 def _by_position(apply: Any, names: tuple[str, ...], params: Sequence[Any], /, *args: Any, **kwargs: Any) -> Any:
-    if len(params) != len(names):
+    if len(params) > len(names):
         raise LeafError(f"the module has {len(names)} parameters", got=f"{len(params)}")
-    return apply(dict(zip(names, params, strict=True)), *args, **kwargs)
+    return apply(dict(zip(names, params, strict=False)), *args, **kwargs)  # what is missing has a name there
 
 
 def _parameters_of(module: torch.nn.Module) -> dict[str, jax.Array]:
     """Copies of the parameters, by name."""
     refuse_lazy(module)
     named = dict(module.named_parameters())
-    devices = sorted({str(t.device) for t in named.values()})
-    if len(devices) > 1:
-        raise DeviceError(f"the module has parameters on {' and '.join(devices)}", hint="Move it to one device")
+    homes: dict[torch.device, str] = {}
+    for name, t in (*named.items(), *module.named_buffers()):
+        homes.setdefault(t.device, name)
+    if len(homes) > 1:
+        where = " and ".join(f"{name} is on {device}" for device, name in homes.items())
+        error = DeviceError(f"the module is on several devices: {where}", hint="Move it to one")
+        error.function = "make_functional"
+        raise error
+    meta = [name for name, t in module.named_buffers() if t.is_meta]
+    if meta and not named:
+        raise LeafError(f"{meta[0]} is on the 'meta' device, and has no values")
     arrays: dict[str, jax.Array] = {}
     for name, tensor in named.items():
         try:

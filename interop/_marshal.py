@@ -200,7 +200,7 @@ def _hidden(x: Any) -> str | None:
     if isinstance(x, set | frozenset | collections.abc.Mapping):
         inside += [(str(k), v) for k, v in (x.items() if isinstance(x, collections.abc.Mapping) else enumerate(x))]
     for name, value in inside:
-        found = _first(value, _is_value)
+        found = first(value, _is_value)
         if found is not None:
             return f"{describe(found[1])} in .{name}{found[0]}"
     return "the keys and values of its layers" if _is_cache(x) else None
@@ -218,17 +218,19 @@ def _is_value(x: Any) -> bool:
 @functools.lru_cache(maxsize=1024)
 def slots_of(t: Any) -> list[str]:
     """The names of the attributes that objects of a type keep outside `__dict__`."""
-    names = [getattr(base, "__slots__", ()) for base in t.__mro__]
-    return [n for ns in names for n in ((ns,) if isinstance(ns, str) else ns) if not n.startswith("__")]
+    slots = [(base, getattr(base, "__slots__", ())) for base in t.__mro__]
+    names = [(base, n) for base, ns in slots for n in ((ns,) if isinstance(ns, str) else ns)]
+    private = lambda n: n.startswith("__") and not n.endswith("__")  # noqa: E731 - Python puts the class before it
+    return [f"_{b.__name__.lstrip('_')}{n}" if private(n) else n for b, n in names if private(n) or n[:2] != "__"]
 
 
-def _first(x: Any, wanted: Callable[[Any], bool], depth: int = 0) -> tuple[str, Any] | None:
+def first(x: Any, wanted: Callable[[Any], bool], depth: int = 0) -> tuple[str, Any] | None:
     """The first value in a container that is wanted, and where it is."""
     if wanted(x):
         return "", x
     if depth < _DEPTH and isinstance(x, dict | list | tuple | set | frozenset | collections.deque):
         for key, item in x.items() if isinstance(x, dict) else enumerate(x):
-            found = _first(item, wanted, depth + 1)
+            found = first(item, wanted, depth + 1)
             if found:
                 return f"[{key!r}]{found[0]}", found[1]
     return None
@@ -240,13 +242,15 @@ _DEPTH = 8  # deeper is the user's
 def find_closed_over(fn: Any, wanted: Callable[[Any], bool], given: Collection[str] = ()) -> str | None:
     """The name of a value that a function reads and is not given: of its closure, globals, defaults, its `self`."""
     while isinstance(fn, functools.partial):
-        found = _first(fn.args, wanted)
+        found = first(fn.args, wanted)
         if found:
             return f"argument{found[0]} of the partial"
         fn = fn.func
+    if hasattr(fn, "find_held"):  # a module, which knows what is its own
+        return fn.find_held(wanted)
     owner = getattr(fn, "__self__", None) if isinstance(fn, types.MethodType) else fn
     for name, value in _attributes(owner):
-        found = _first(value, wanted)
+        found = first(value, wanted)
         if found:
             return f"self.{name}{found[0]}"
     fn = getattr(fn, "__func__", fn)
@@ -258,7 +262,7 @@ def find_closed_over(fn: Any, wanted: Callable[[Any], bool], given: Collection[s
     parameters = inspect.signature(fn).parameters.values()
     read |= {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in given}
     for name, value in read.items():
-        found = _first(value, wanted)
+        found = first(value, wanted)
         if found:
             return f"{name}{found[0]}"
     return None

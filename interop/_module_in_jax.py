@@ -8,16 +8,19 @@ import inspect
 import sys
 import threading
 import types
-from collections import OrderedDict
-from collections.abc import Callable, Generator, Mapping
+import weakref
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.utils._pytree as torch_pytree
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.overrides import TorchFunctionMode
 
 from interop._errors import LeafError, UnsupportedError
-from interop._leaf import describe
-from interop._marshal import find_closed_over, slots_of
+from interop._leaf import WIDE_INTS, describe
+from interop._marshal import find_closed_over, first, slots_of
 from interop._private import torch as torch_private
 
 
@@ -35,16 +38,35 @@ class ModuleFunction:
         refuse_module(self.module)
         self.mutable = mutable
         self.training = _Training(self.module)
+        self.watched: set[bool] = set()  # whether a call was watched that trains, and one that does not
         self.__name__ = type(self.module).__name__
         self.__doc__ = self.module.__doc__
 
     def __call__(self, params: Mapping[str, torch.Tensor], /, *args: Any, **kwargs: Any) -> Any:
         skeleton = self._skeleton(params)
-        out = skeleton.root(*args, **kwargs)
+        torch_private.forget_parametrizations(self.module)
+        try:
+            if skeleton.trains in self.watched and not any(map(torch_private.is_traced, [*params.values()][:1])):
+                out = skeleton.root(*args, **kwargs)
+            else:
+                out = self._watched_call(skeleton, args, kwargs)
+        finally:
+            torch_private.forget_parametrizations(self.module)
         if self.mutable:
             return out, dict(skeleton.root.named_buffers())
         skeleton.refuse_updates()
         return out
+
+    def _watched_call(self, skeleton: _Skeleton, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A first call, or a trace: is every parameter taken from where it was put?"""
+        with _Watch(self.module, skeleton.given):
+            out = skeleton.root(*args, **kwargs)
+        self.watched.add(skeleton.trains)
+        return out
+
+    def find_held(self, wanted: Callable[[Any], bool]) -> str | None:
+        """The name of a tensor that the module holds beside its parameters and buffers, and has not computed."""
+        return next((name for name, t in _held(self.module) if wanted(t) and t.is_leaf), None)
 
     def _skeleton(self, params: Mapping[str, torch.Tensor]) -> _Skeleton:
         modes = self.training.by_part()
@@ -64,12 +86,64 @@ class ModuleFunction:
         return inspect.Signature([first, *others])
 
 
+class _Watch(TorchFunctionMode):
+    """Refuses to compute with a parameter of the module itself, which another was given for.
+
+    What a forward reads from a global, from its class, or from an object that can't be renewed, nobody can replace.
+    """
+
+    def __init__(self, module: torch.nn.Module, given: dict[int, torch.Tensor]) -> None:
+        super().__init__()
+        self.names = {id(t): name for name, t in module.named_parameters() if id(t) in given}
+        self.names |= {id(t): name for name, t in _held(module) if t.requires_grad and not t.is_leaf}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _name_of(func) not in _LOOKS:
+            for x in torch_pytree.tree_leaves((args, kwargs)):
+                name = isinstance(x, torch.Tensor) and (self.names.get(id(x)) or self.names.get(id(x._base)))
+                if name:
+                    raise UnsupportedError(
+                        f"the module computes with its own {name}, which it reaches by a way that can't be followed",
+                        hint="Reach it by an attribute, or cross a function that calls torch.func.functional_call",
+                    )
+        return func(*args, **(kwargs or {}))
+
+
+def _held(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors in the attributes of a module, beside its parameters and buffers."""
+    own = {id(t) for t in (*module.parameters(), *module.buffers())}
+    for path, part in module.named_modules():
+        for attribute, value in part.__dict__.items():
+            if attribute not in _TABLES:
+                found = first(value, lambda x: isinstance(x, torch.Tensor) and id(x) not in own)
+                if found:
+                    yield f"{path}.{attribute}{found[0]}".removeprefix("."), found[1]
+
+
+def _name_of(func: Any) -> str:
+    """The name of a function; of the getter of an attribute, that of the attribute."""
+    name = getattr(func, "__name__", "")
+    return getattr(func.__self__, "__name__", name) if name == "__get__" else name
+
+
+# What says nothing of the values of a tensor.
+_LOOKS = frozenset({
+    "__hash__", "__len__", "device", "dim", "dtype", "element_size", "get_device", "grad_fn", "is_complex",
+    "is_contiguous", "is_cpu", "is_cuda", "is_floating_point", "is_leaf", "is_meta", "is_nested", "is_quantized",
+    "is_signed", "is_sparse", "itemsize", "layout", "names", "nbytes", "ndim", "ndimension", "nelement", "numel",
+    "requires_grad", "shape", "size", "storage_offset", "stride", "type"
+})  # fmt: skip
+
+
 class _Training(threading.local):
     """Whether each part of a module trains: as the module says, or, in a compiled program, as it said when traced."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.module = module
         self.traced: tuple[bool, ...] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Training, (self.module,)
 
     def now(self) -> tuple[bool, ...]:
         return self.traced or tuple(part.training for part in self.module.modules())
@@ -112,7 +186,7 @@ class ClosedOver:
 # --- the skeleton -----------------------------------------------------------------------------------------------------
 
 _PLAIN = frozenset({bool, int, float, str, type(None), torch.device, torch.dtype, torch.Size, type})
-_CONTAINERS = frozenset({dict, OrderedDict, list, set})
+_CONTAINERS = frozenset({dict, OrderedDict, list, set})  # that are made anew, where they are empty, by their type
 _TABLES = frozenset({"_parameters", "_buffers", "_modules"})
 _LAZY = frozenset({UninitializedParameter, UninitializedBuffer})
 
@@ -169,6 +243,8 @@ class _Skeleton:
             if hasattr(module, name):
                 object.__setattr__(new, name, getattr(module, name))
         own["_compiled_call_impl"] = None  # `module.compile()` has compiled the calls of the module itself
+        if "sparse" in own and issubclass(kind, torch.nn.Embedding | torch.nn.EmbeddingBag):
+            own["sparse"] = False  # of the gradient, which is the same: JAX has dense ones
         if self.modes:
             own["training"] = self.modes.get(id(module), module.training)
         self.trains |= own["training"]
@@ -184,6 +260,7 @@ class _Skeleton:
                     continue
                 self.used += 1
                 given[id(old)] = found
+                found._is_param = True  # type: ignore[attr-defined] # what asks `isinstance(x, Parameter)` is told so
             parameters[name] = found
         own["_buffers"] = self.copies(module, prefix, trains=own["training"]) if attributes["_buffers"] else {}
         own["_modules"] = {
@@ -198,7 +275,7 @@ class _Skeleton:
             before: Any = self.params.get(prefix + name)
             if before is not None:
                 self.used += 1
-                if not (old is None or self.grows or _stands_for(before, old)):
+                if not (old is None or _stands_for(before, old, grown=self.grows)):
                     self.fits = False
                     continue
             elif old is None:
@@ -207,8 +284,8 @@ class _Skeleton:
                 before = old
             copy = self.given.get(id(old))  # of a buffer with several names; of one that was None, there is none
             if copy is None:
-                if old is not None and _kind(before) == "integer":
-                    before = before.to(old.dtype)  # an integer comes from JAX in 32 bits
+                if old is not None and WIDE_INTS.get(old.dtype) is before.dtype:
+                    before = before.to(old.dtype)  # it came from JAX in 32 bits
                 copy = before.clone()
                 if old is not None:
                     self.given[id(old)] = copy
@@ -246,14 +323,22 @@ class _Skeleton:
 
     def follow(self, value: Any, module: torch.nn.Module, name: str) -> Any:
         """A value of an attribute, with the module's own parts and tensors in it replaced."""
-        if isinstance(value, torch.nn.Module):
+        kind: Any = type(value)
+        if issubclass(kind, torch.nn.Module):
             return self.made.get(id(value)) or (self.of(value, f"{name}.") if self.is_part(value) else value)
-        if isinstance(value, torch.Tensor):
+        if issubclass(kind, torch.Tensor):
             return self.given.get(id(value), value)
-        if type(value) in (list, tuple, set):
-            return type(value)(self.follow(item, module, name) for item in value)
-        if type(value) in (dict, OrderedDict):
-            return type(value)((k, self.follow(v, module, name)) for k, v in value.items())
+        if kind in (list, tuple, set, frozenset):
+            return kind(self.follow(item, module, name) for item in value)
+        if kind in (dict, OrderedDict):
+            return kind((self.follow(k, module, name), self.follow(v, module, name)) for k, v in value.items())
+        if kind is defaultdict:
+            items = ((k, self.follow(v, module, name)) for k, v in value.items())
+            return defaultdict(value.default_factory, items)
+        if kind is deque:
+            return deque((self.follow(item, module, name) for item in value), value.maxlen)
+        if issubclass(kind, tuple) and hasattr(kind, "_fields"):
+            return kind(*(self.follow(item, module, name) for item in value))
         if isinstance(value, types.MethodType):
             return types.MethodType(value.__func__, self.follow(value.__self__, module, name))
         if isinstance(value, functools.partial):
@@ -315,15 +400,16 @@ def _differs(now: torch.Tensor, before: torch.Tensor) -> bool:
 # --- what fits --------------------------------------------------------------------------------------------------------
 
 
-def _stands_for(new: Any, old: Any) -> bool:
-    """Whether a value may stand for a parameter: a tensor of its shape and kind. Its precision is the caller's."""
-    if not isinstance(new, torch.Tensor) or type(old) in _LAZY or new.shape != old.shape:
+def _stands_for(new: Any, old: Any, *, grown: bool = False) -> bool:
+    """Whether a value may stand for a tensor: of its shape and kind. The precision of a float is the caller's."""
+    if not isinstance(new, torch.Tensor) or type(old) in _LAZY or not (grown or new.shape == old.shape):
         return False
     return new.dtype is old.dtype or _kind(new) == _kind(old)
 
 
-def _kind(t: torch.Tensor) -> str:
-    return "complex" if t.is_complex() else "real" if t.is_floating_point() else "integer"
+def _kind(t: torch.Tensor) -> Any:
+    """Complex, real, or which integer; one of 64 bits comes from JAX in 32."""
+    return "complex" if t.is_complex() else "real" if t.is_floating_point() else WIDE_INTS.get(t.dtype, t.dtype)
 
 
 def _by_first_name(module: torch.nn.Module, params: Any, *, grows: bool) -> dict[str, torch.Tensor]:
@@ -339,16 +425,15 @@ def _by_first_name(module: torch.nn.Module, params: Any, *, grows: bool) -> dict
     found: dict[str, torch.Tensor] = {}
     problems: list[str] = []
     for given, value in params.items():
-        name = given if given in wanted else given.removeprefix("_orig_mod.")  # of a module since compiled
+        name = given if given in wanted else str(given).removeprefix("_orig_mod.")  # of a module since compiled
         if name not in wanted:
             problems.append(f"{given}: unknown")
             continue
         own: Any = wanted[name]
         canonical = name if own is None else first[id(own)]
-        may_grow = own is None or (grows and name in buffers)
         if canonical in found:
             problems.append(f"{given}: tied to {canonical}, which is given too")
-        elif not (may_grow or _stands_for(value, own)):
+        elif own is not None and not _stands_for(value, own, grown=grows and name in buffers):
             problems.append(f"{given}: got {describe(value)}, expected {describe(own)}")
         found[canonical] = value
     problems += [
@@ -392,6 +477,11 @@ def refuse_module(module: torch.nn.Module) -> None:
     sharded: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
     for path, part in module.named_modules():
         kind, name = type(part), f"{type(module).__name__}.{path}" if path else type(part).__name__
+        proxies = [n for n, child in part._modules.items() if type(child) in weakref.ProxyTypes]
+        if proxies:
+            raise UnsupportedError(
+                f"{name}.{proxies[0]} is a weak proxy, which can't be renewed", hint="Hold the part itself"
+            )
         if isinstance(part, torch.jit.ScriptModule):
             raise UnsupportedError(
                 f"the parameters of a scripted module ({name}) can't be replaced",
@@ -406,6 +496,12 @@ def refuse_module(module: torch.nn.Module) -> None:
         if isinstance(part, sharded):
             raise UnsupportedError(
                 f"the parameters of {name} are sharded by fully_shard", hint="Cross the module before it is sharded"
+            )
+        hooked = [n for n, p in part.named_parameters(recurse=False) if p._backward_hooks]
+        if hooked:
+            raise UnsupportedError(
+                f"the parameter {f'{path}.{hooked[0]}' if path else hooked[0]} has hooks, which would not run",
+                hint="Remove them, and change the gradient in JAX",
             )
         if kind.__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
             raise UnsupportedError(

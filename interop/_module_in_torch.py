@@ -93,8 +93,8 @@ class WrappedJaxFunction(torch.nn.Module):
         self.jax_function = jax_function
         self.has_aux = has_aux
         # flax takes keys by the names of its own streams.
-        by_stream = isinstance(function, _Linen | _Nnx) or not isinstance(rngs, str)
-        self.rngs: Any = _as_tuple(rngs) if by_stream else rngs
+        by_stream = isinstance(function, _Linen | _Nnx)
+        self.rngs: str | tuple[str, ...] = rngs if isinstance(rngs, str) and not by_stream else _as_tuple(rngs)
         self.params = _Arrays("params", jax_params, trains=True, clone=clone_params)
         self.state = None if state is None else _Arrays("state", state, trains=False, clone=True)
         self._function = _Applied(

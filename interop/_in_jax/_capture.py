@@ -26,6 +26,7 @@ from interop._errors import InteropError
 from interop._in_jax._flat import TorchFlat
 from interop._in_jax._random import seeding
 from interop._leaf import TORCH_OF, WIDE_FLOATS, jax_dtype, traced_device, x64_enabled
+from interop._private import jax as jax_private
 from interop._private import torch as torch_private
 from interop._side import TORCH, Leaf, Leaves
 
@@ -90,6 +91,9 @@ class Capture:
             residuals=tuple(Aval((size, *aval.shape), aval.dtype) for aval in self.residuals),
             inexact=tuple(Aval((size, *aval.shape), aval.dtype) for aval in self.inexact),
         ))  # fmt: skip
+
+
+jax_private.weak_in_caches(Capture)  # else it would keep alive what nobody has any more
 
 
 def capture(flat: TorchFlat, avals: tuple[Aval, ...], active: Mask) -> Capture | None:

@@ -190,6 +190,9 @@ class TorchFlat(Flat):
         return replace(self.derived(kind, fn), exact=None, known=None, origin=None, order=order)
 
 
+jax_private.weak_in_caches(TorchFlat)  # else it would keep alive what nobody has any more
+
+
 def keyed(flat: TorchFlat, key: int, path: str) -> TorchFlat:
     """The function with one more leaf, of this index: the key that torch's generator is seeded from around it."""
     fn, known = flat.fn, flat.path

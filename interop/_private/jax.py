@@ -17,16 +17,18 @@ _jax: Any = None
 _xla_bridge: Any = None
 _lax: Any = None
 _effects: Any = None
+_util: Any = None
 Primitive: Any = None
 if not PUBLIC_ONLY:
     try:
         from jax._src import effects as _effects
+        from jax._src import util as _util
         from jax._src import xla_bridge as _xla_bridge
         from jax._src.core import Primitive
         from jax._src.lax import lax as _lax
         from jaxlib import _jax  # type: ignore[no-redef]  # pyright: ignore[reportAttributeAccessIssue]
     except ImportError:  # a jax that moved them: every fallback below is public
-        _jax = _xla_bridge = _lax = _effects = None
+        _jax = _xla_bridge = _lax = _effects = _util = None
 
 
 # The type of an array that is there; the fallback matches nothing, and every call takes the general path.
@@ -65,6 +67,13 @@ def _public_copy(view: Any, device: Any) -> jax.Array:
 
 # The values of a numpy array, copied before this returns: 3 us less than by DLPack of a clone.
 copy_of: Callable[[Any, Any], jax.Array] = _private_copy if _put and _during_call else _public_copy
+
+
+def weak_in_caches(kind: type) -> None:
+    """Let what JAX caches of equations hold parameters of this type weakly; without the name, the last 2048 stay."""
+    types: set[type] | None = getattr(_util, "weakref_cache_key_types", None)
+    if types is not None:
+        types.add(kind)
 
 
 def backend_runs() -> bool:

@@ -205,6 +205,18 @@ def is_traced(t: Any) -> bool:
     return isinstance(t, FakeTensor | FunctionalTensor)
 
 
+def forget_parametrizations(module: torch.nn.Module) -> None:
+    """Take what is of a module out of the cache of `parametrize.cached()`, which serves whoever stands for it too.
+
+    Without the name there is no way to it.
+    """
+    cache: dict[tuple[int, str], Any] = {} if PUBLIC_ONLY else getattr(torch.nn.utils.parametrize, "_cache", {})
+    if cache:
+        parts = set(map(id, module.modules()))
+        for key in [key for key in cache if key[0] in parts]:
+            del cache[key]
+
+
 # --- Dynamo -----------------------------------------------------------------------------------------------------------
 
 
