@@ -78,7 +78,7 @@ def _place(x: Any) -> list[str]:
 
 
 def _refusal(x: Any, why: str) -> UnsupportedError:
-    name = getattr(x, "__qualname__", None) or repr(x)
+    name = getattr(x, "__qualname__", None) or getattr(x, "__name__", None) or repr(x)
     return UnsupportedError(
         f"{name} can't be found by another process: {why}", hint="Export a function that a module defines by name"
     )

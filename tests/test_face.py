@@ -114,7 +114,7 @@ ORDER = [
     "_derive",
     "_abstract",
     "_in_torch | _in_jax",
-    "_module_in_jax",
+    "_module_in_jax | _models",
     "_compiled",
     "_crossing",
     "_module_in_torch",
