@@ -9,11 +9,23 @@ from typing import Any
 import floors
 import jax
 import jax.numpy as jnp
+import optax
 import torch
+from flax import linen
 from harness import Row, allocated, count, extra, grown, kept, ratios
 from torch import nn
 
-from interop import as_jax, as_torch, differentiable, jax_to_torch, jittable, torch_to_jax
+from interop import (
+    WrappedJaxFunction,
+    as_jax,
+    as_torch,
+    differentiable,
+    jax_to_torch,
+    jittable,
+    make_functional,
+    torch_to_jax,
+)
+from interop._module_in_jax import ModuleFunction
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -285,6 +297,142 @@ class LastOutput(nn.Module):
 def as_jax_lstm(name: str) -> list[Row]:
     """A recurrent layer."""
     return network_rows(name, LastOutput(), torch.randn(8, 12, 16), 2.0)
+
+
+# --- training from the other framework --------------------------------------------------------------------------------
+
+
+def small_resnet() -> nn.Module:
+    """Three residual blocks and a head."""
+    blocks = [Residual(16) for _ in range(3)]
+    return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), *blocks, nn.Flatten(), nn.Linear(16 * 16 * 16, 10))
+
+
+def four_layers() -> nn.Module:
+    """Four layers of attention and a head."""
+    layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True)
+    return nn.Sequential(nn.TransformerEncoder(layer, 4, enable_nested_tensor=False), nn.Linear(64, 10))
+
+
+def torch_training_rows(name: str, net: nn.Module, x: torch.Tensor) -> list[Row]:
+    """A step of Adam on a torch module in a compiled program of JAX, against torch's own step."""
+    apply, params = make_functional(net)
+    optimizer = optax.adam(1e-4)
+    x_jax = torch_to_jax(x, copy=True)
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        gradients = jax.grad(lambda params: (apply(params, x_jax) ** 2).mean())(params)
+        updates, state = optimizer.update(gradients, state)
+        return optax.apply_updates(params, updates), state
+
+    now = [params, optimizer.init(params)]
+    native = torch.optim.Adam(net.parameters(), 1e-4, fused=True)
+
+    def ours() -> None:
+        now[:] = jax.block_until_ready(step(*now))
+
+    def pure_torch() -> None:
+        native.zero_grad()
+        (net(x) ** 2).mean().backward()
+        native.step()
+
+    return ratios(name, {"ours": ours, "pure torch": pure_torch}, {"pure torch": 1.15})
+
+
+def jax_training_rows(name: str, model: linen.Module, x: torch.Tensor) -> list[Row]:
+    """A step of torch's Adam on a JAX model, against a compiled step of JAX's own."""
+    x_jax = torch_to_jax(x, copy=True)
+    variables = model.init(jax.random.key(0), x_jax)
+    module = WrappedJaxFunction(model, variables)
+    optimizer, native = torch.optim.Adam(module.parameters(), 1e-4, fused=True), optax.adam(1e-4)
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        gradients = jax.grad(lambda params: (model.apply(params, x_jax) ** 2).mean())(params)
+        updates, state = native.update(gradients, state)
+        return optax.apply_updates(params, updates), state
+
+    now = [variables, native.init(variables)]
+
+    def ours() -> None:
+        optimizer.zero_grad()
+        (module(x) ** 2).mean().backward()
+        optimizer.step()
+
+    def pure_jax() -> None:
+        now[:] = jax.block_until_ready(step(*now))
+
+    return ratios(name, {"ours": ours, "pure JAX": pure_jax}, {"pure JAX": 1.15})
+
+
+class ResidualInJax(linen.Module):
+    """Two convolutions around a shortcut."""
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """The input and what the convolutions make of it."""
+        h = linen.relu(linen.Conv(16, (3, 3))(x))
+        return linen.relu(x + linen.Conv(16, (3, 3))(h))
+
+
+class ResNetInJax(linen.Module):
+    """Three residual blocks and a head."""
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits of images."""
+        x = linen.Conv(16, (3, 3))(x)
+        for _ in range(3):
+            x = ResidualInJax()(x)
+        return linen.Dense(10)(x.reshape(x.shape[0], -1))
+
+
+class FourLayersInJax(linen.Module):
+    """Four layers of attention and a head."""
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits of each token."""
+        for _ in range(4):
+            x = linen.LayerNorm()(x + linen.MultiHeadDotProductAttention(4)(x))
+            x = linen.LayerNorm()(x + linen.Dense(64)(linen.relu(linen.Dense(128)(x))))
+        return linen.Dense(10)(x)
+
+
+@cell("training step from JAX, ResNet")
+def train_torch_resnet(name: str) -> list[Row]:
+    """Convolutions."""
+    return torch_training_rows(name, small_resnet(), torch.randn(16, 3, 16, 16))
+
+
+@cell("training step from JAX, transformer")
+def train_torch_transformer(name: str) -> list[Row]:
+    """Attention."""
+    return torch_training_rows(name, four_layers(), torch.randn(16, 32, 64))
+
+
+@cell("training step from torch, ResNet")
+def train_jax_resnet(name: str) -> list[Row]:
+    """Convolutions."""
+    return jax_training_rows(name, ResNetInJax(), torch.randn(16, 16, 16, 3))
+
+
+@cell("training step from torch, transformer")
+def train_jax_transformer(name: str) -> list[Row]:
+    """Attention."""
+    return jax_training_rows(name, FourLayersInJax(), torch.randn(16, 32, 64))
+
+
+@cell("a call on given parameters, 100 modules")
+def skeleton(name: str) -> list[Row]:
+    """A module renewed for the call, against one whose tensors are swapped."""
+    net = nn.Sequential(*[module for _ in range(50) for module in (nn.Linear(64, 64), nn.Tanh())])
+    params, x = {name: p.detach().clone() for name, p in net.named_parameters()}, torch.randn(16, 64)
+    ours = torch.no_grad()(ModuleFunction(net))
+    theirs = torch.no_grad()(torch.func.functional_call)
+    contestants = {"ours": lambda: ours(params, x), "functional_call": lambda: theirs(net, params, (x,))}
+    return ratios(name, contestants, {"functional_call": 1.15})
 
 
 @cell("as_jax eager gradient")
