@@ -137,7 +137,7 @@ def _name(part: str) -> str:
     return f"{part}_" if part in _TAKEN else part
 
 
-_TAKEN = frozenset(dir(torch.nn.Module()))
+_TAKEN = frozenset({*dir(torch.nn.Module()), "read", "write", "to_jax", "name_by_path"})
 
 # --- the function -----------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import torch
 from interop._crossing import refine
 from interop._errors import InteropError, LeafError, OptionError
 from interop._leaf import array_to_tensor, copy_to_keep, describe, tensor_of_numpy
-from interop._models import MISSING, Applied, Model, apart, taken_apart
+from interop._models import MISSING, Applied, Model, Structure, apart, taken_apart
 from interop._side import TORCH
 
 
@@ -85,18 +85,11 @@ class WrappedJaxFunction(torch.nn.Module):
         self.jax_function = jax_function
         self.has_aux = has_aux
         self.rngs = _named_keys(rngs, function)
-        self._params = _Arrays("params", jax_params, trains=True, clone=clone_params)
-        self._state = None if state is None else _Arrays("state", state, trains=False, clone=True)
-        self.params = self._params.root
-        self.state = self._state.root if self._state else None
-        self._function = Applied(
-            function,
-            self._params.structure,
-            self._state.structure if self._state else None,
-            has_aux=has_aux,
-            scalar=self._scalar,
-            rngs=self.rngs,
-        )
+        leaves, params = apart(jax_params)
+        self.params = _Arrays("params", params, leaves, trains=True, clone=clone_params)
+        leaves, renewed = ([], None) if state is None else apart(state)
+        self.state = renewed and _Arrays("state", renewed, leaves, trains=False, clone=True)
+        self._function = Applied(function, params, renewed, has_aux=has_aux, scalar=self._scalar, rngs=self.rngs)
         self._crossed = refine(
             self._function, host=TORCH, differentiable=True, jittable=True, gradient_at_once=self._scalar
         )
@@ -104,16 +97,16 @@ class WrappedJaxFunction(torch.nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The function of the parameters and these arguments."""
         if not self._function.has_modes:
-            return self._crossed(self._params.read(), *args, **kwargs)
+            return self._crossed(self.params.read(), *args, **kwargs)
         for flag, in_training in self._function.flags.items():
             if flag not in kwargs and not self._function.given_by_position(flag, len(args)):
                 kwargs[flag] = self.training is in_training
-        state = self._state.read() if self._state else []
+        state = self.state.read() if self.state else []
         if self.training:
             state = [x.clone() for x in state]  # the buffers are written to before a backward reads what it keeps
-        out, new = self._crossed((self._params.read(), state, self._seeds()), *args, **kwargs)
-        if self.training and self._state:
-            self._state.write(new)
+        out, new = self._crossed((self.params.read(), state, self._seeds()), *args, **kwargs)
+        if self.training and self.state:
+            self.state.write(new)
         return out
 
     def _seeds(self) -> dict[str, torch.Tensor] | None:
@@ -121,7 +114,7 @@ class WrappedJaxFunction(torch.nn.Module):
         if not self.training or not self.rngs:
             return None
         names = (self.rngs,) if isinstance(self.rngs, str) else self.rngs
-        device = next((t.device for t in self._params.read()), None)
+        device = next((t.device for t in self.params.read()), None)
         return {name: torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32, device=device) for name in names}
 
     def to_jax(self) -> Any:
@@ -130,11 +123,11 @@ class WrappedJaxFunction(torch.nn.Module):
         For a model this is the trained model: of linen its `variables`, of nnx and equinox the module. With `state`, it
         is `(params, state)`.
         """
-        params, state = self._params.to_jax(), self._state.to_jax() if self._state else None
+        params, state = self.params.to_jax(), self.state.to_jax() if self.state else None
         function = self._function.function
         if isinstance(function, Model):
             return function.together(params, state)
-        return (params, state) if self._state else params
+        return (params, state) if self.state else params
 
     def extra_repr(self) -> str:
         """The name of the function."""
@@ -149,7 +142,7 @@ class WrappedJaxFunction(torch.nn.Module):
         return new
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        self._params.name_by_path(state_dict, f"{prefix}params.")
+        self.params.name_by_path(state_dict, f"{prefix}params.")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -209,30 +202,31 @@ class _Node(torch.nn.Module):
         return ", ".join(f"{name}: {describe(t)}" for name, t in held.items())
 
 
-class _Arrays:
-    """The arrays of a pytree as parameters and buffers of modules, named by their paths in it."""
+class _Arrays(_Node):
+    """The arrays of a pytree as parameters and buffers, named by their paths in it.
 
-    def __init__(self, label: str, pytree: Any, *, trains: bool, clone: bool) -> None:
-        self.label = label
-        self.root = _Node()
-        leaves, self.structure = apart(pytree)
-        places: dict[int, tuple[_Node, str]] = {}
+    They are looked up by those names at each call: whatever stands for a module of torch has the same tables.
+    """
+
+    def __init__(self, label: str, structure: Structure, leaves: Sequence[Any], *, trains: bool, clone: bool) -> None:
+        super().__init__()
+        self._label = label
+        self._structure = structure
         shared: set[int] = set()
-        for index in self.structure.order_in_jax():
+        for index in structure.order_in_jax():
             leaf = leaves[index]
             try:
                 tensor = _tensor(leaf, clone=clone or id(leaf) in shared)
             except InteropError as error:
-                error.function, error.argument = "WrappedJaxFunction", f"{label}.{self.structure.names[index]}"
+                error.function, error.argument = "WrappedJaxFunction", f"{label}.{structure.names[index]}"
                 raise
             shared.add(id(leaf))
             trained = trains and (tensor.is_floating_point() or tensor.is_complex())
-            places[index] = self._hold(self.structure.routes[index], tensor, trained=trained)
-        self.places = [places[index] for index in range(len(leaves))]
+            self._hold(structure.routes[index], tensor, trained=trained)
 
-    def _hold(self, route: tuple[str, ...], tensor: torch.Tensor, *, trained: bool) -> tuple[_Node, str]:
+    def _hold(self, route: tuple[str, ...], tensor: torch.Tensor, *, trained: bool) -> None:
         """Put a tensor where its path leads."""
-        node = self.root
+        node: _Node = self
         *parts, name = route
         for part in parts:
             child = node._modules.get(part)
@@ -247,48 +241,48 @@ class _Arrays:
             node.register_parameter(name, torch.nn.Parameter(tensor))
         else:
             node.register_buffer(name, tensor)
-        return node, name
 
     def _twice(self, route: tuple[str, ...]) -> OptionError:
         return OptionError(
-            f"two leaves would be named {self.label}.{'.'.join(route)}", hint="Rename a key of the pytree"
+            f"two leaves would be named {self._label}.{'.'.join(route)}", hint="Rename a key of the pytree"
         )
 
     def read(self) -> list[torch.Tensor]:
-        """The tensors as they are now."""
-        return [_held(node, name) for node, name in self.places]
+        """The tensors as they are now; of one that is parametrized, what it is computed to be."""
+        found: list[torch.Tensor] = []
+        for *parts, name in self._structure.routes:
+            node: Any = self
+            for part in parts:
+                node = node._modules[part]
+            table = node._parameters if name in node._parameters else node._buffers
+            found.append(table[name] if name in table else getattr(node, name))
+        return found
 
     def write(self, new: Sequence[torch.Tensor]) -> None:
         """New values for the buffers."""
         with torch.no_grad():
-            for (node, name), value in zip(self.places, new, strict=True):
-                _held(node, name).copy_(value)
+            for buffer, value in zip(self.read(), new, strict=True):
+                buffer.copy_(value)
 
     def to_jax(self) -> Any:
         """The pytree, with copies of the tensors as arrays."""
-        structure, arrays = self.structure, list[Any]()
-        for tensor, name in zip(self.read(), structure.names, strict=True):
+        arrays: list[Any] = []
+        for tensor, name in zip(self.read(), self._structure.names, strict=True):
             try:
                 arrays.append(copy_to_keep(tensor))
             except InteropError as error:
-                error.function, error.argument = "to_jax", f"{self.label}.{name}"
+                error.function, error.argument = "to_jax", f"{self._label}.{name}"
                 raise
-        return structure.together(arrays)
+        return self._structure.together(arrays)
 
     def name_by_path(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Rename the entries of a state dict whose names are positions."""
-        names = self.structure.names
+        names = self._structure.names
         positional = [f"{prefix}{i}" for i in range(len(names))]
         if set(positional) == {key for key in state_dict if key.startswith(prefix)}:
             values = [state_dict.pop(key) for key in positional]
-            order = self.structure.order_in_jax()
+            order = self._structure.order_in_jax()
             state_dict.update({f"{prefix}{names[i]}": value for i, value in zip(order, values, strict=True)})
-
-
-def _held(node: _Node, name: str) -> Any:
-    """The tensor of this name; of one that is parametrized, what it is computed to be."""
-    table: dict[str, Any] = node._parameters if name in node._parameters else node._buffers
-    return table[name] if name in table else getattr(node, name)
 
 
 def _tensor(leaf: Any, *, clone: bool) -> torch.Tensor:
