@@ -116,8 +116,8 @@ def make_functional(
 
     `apply(params, *args, **kwargs)` is `jittable(differentiable(as_jax(module)))`: the module's `forward` with any
     arguments, on these parameters. The module itself is never touched. Its buffers are constants, read at each call,
-    unless they are given in `params` under their names. Trained parameters go back by
-    `module.load_state_dict(jax_to_torch(params), strict=False)`.
+    unless they are given in `params` under their names. Trained parameters, and buffers that are persistent, go back by
+    `module.load_state_dict(jax_to_torch(params), strict=False)`; of a compiled module, into `module._orig_mod`.
 
     Args:
         module: any module; a compiled one is unwrapped.
@@ -128,7 +128,8 @@ def make_functional(
     Returns:
         `apply` and `params`, a dict by name in the order of `module.named_parameters()`: copies, in the dtypes of the
         module and on its device. A tied parameter is there once, under its first name, and its gradient is the sum. A
-        frozen one (`requires_grad=False`) is a parameter like the others: what is trained, JAX decides.
+        frozen one (`requires_grad=False`) is a parameter like the others: what is trained, JAX decides, as by
+        `optax.multi_transform({"train": optax.adam(1e-3), "freeze": optax.set_to_zero()}, labels)`.
 
     Raises:
         UnsupportedError: a wrapper for several devices (`module.module` is to be crossed), a scripted or a quantised

@@ -185,6 +185,7 @@ SHOWN = [
     ("DDP", "test_engines.py::test_ddp"),
     ("FSDP2", "test_engines.py::test_fsdp"),
     ("Lightning Fabric", "test_engines.py::test_fabric"),
+    ("models of flax, equinox and haiku as modules: named parameters, state dicts, buffers, keys, `stack_module_state`, FSDP2", "test_module_in_torch.py::test_a_parameter_is_named_by_its_path"),
     ("programs written for torch-jax-interop, with their import changed", "test_seed.py::test_a_flax_model_in_torch"),
 ]  # fmt: skip
 SHOWN_IN_JAX = [
@@ -201,6 +202,7 @@ SHOWN_IN_JAX = [
     ("one key, one mask: eagerly, compiled, in loops, in batches, in the backward", "test_state.py::test_one_key_is_one_draw_however_it_is_asked"),
     ("random functions without a key, as effects of the program", "test_state.py::test_control_flow_draws_anew_each_time_or_names_the_way_out"),
     ("modules that update their buffers", "test_state.py::test_training_is_torchs_own_step_by_step"),
+    ("modules as functions of their parameters: tied, frozen, parametrized, hooked, compiled; trained by optax", "test_module.py::test_modules_of_all_kinds"),
     ("ResNet, LSTM, transformers, a Gaussian process, GPT-2, LLaMA, BERT, T5, ViT", "test_models.py::test_model"),
     ("torch's database of operators (see [operators](examples/operators.md))", "test_operators.py::test_an_operator_is_what_torch_says"),
     ("functions that write to their arguments, or return views", "test_callbacks.py::test_a_function_that_writes_or_returns_views_is_pure_in_jax"),
