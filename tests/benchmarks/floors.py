@@ -52,6 +52,40 @@ def jax_gradient(fn: Callable[..., Any]) -> Callable[..., list[torch.Tensor]]:
     return both
 
 
+_LIBRARY = torch.library.Library("floor", "DEF")
+
+
+def graph_op(fn: Callable[..., jax.Array]) -> Callable[..., torch.Tensor]:
+    """A JAX function of two tensors to a number, as an operation that torch's compiler takes as it is."""
+    value, pull = jax_call(fn), jax.jit(lambda x, w, c: jax.vjp(fn, x, w)[1](c))
+
+    def gradient(x: torch.Tensor, w: torch.Tensor, c: torch.Tensor) -> list[torch.Tensor]:
+        return [to_torch(g) for g in pull(to_jax(x), to_jax(w), to_jax(c))]
+
+    _LIBRARY.define("value(Tensor x, Tensor w) -> Tensor")
+    _LIBRARY.define("gradient(Tensor x, Tensor w, Tensor c) -> Tensor[]")
+    _LIBRARY.impl("value", value, "CompositeExplicitAutograd")
+    _LIBRARY.impl("gradient", gradient, "CompositeExplicitAutograd")
+    torch.library.register_fake("floor::value", lambda x, w: x.new_empty(()), lib=_LIBRARY)  # noqa: ARG005
+    torch.library.register_fake(
+        "floor::gradient",
+        lambda x, w, c: [torch.empty_like(x), torch.empty_like(w)],
+        lib=_LIBRARY,  # noqa: ARG005
+    )
+
+    class Op(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(x, w)
+            return torch.ops.floor.value(x, w)
+
+        @staticmethod
+        def backward(ctx: Any, c: torch.Tensor) -> Any:
+            return tuple(torch.ops.floor.gradient(*ctx.saved_tensors, c))
+
+    return lambda x, w: Op.apply(x, w)
+
+
 def torch_call(fn: Callable[..., torch.Tensor]) -> Callable[..., jax.Array]:
     """A torch function on arrays: export, the function, import."""
 
