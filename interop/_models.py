@@ -165,6 +165,7 @@ class Applied:
 
     Attributes:
         flags: keywords that say whether it trains, and what they are when it does.
+        places: of those flags that a call may give by position, which position that is.
     """
 
     def __init__(
@@ -187,6 +188,8 @@ class Applied:
         self.__name__ = str(getattr(function, "__name__", type(function).__name__))
         self.flags: dict[str, bool] = {}
         self.__signature__ = self._signature()
+        positional = [p.name for p in self.__signature__.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        self.places = {flag: positional.index(flag) for flag in self.flags if flag in positional}
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.has_modes:
@@ -223,11 +226,6 @@ class Applied:
         if not self.scalar:
             leaves = [jax.lax.stop_gradient(x) if isinstance(x, jax.Array) else x for x in leaves]
         return value, tree.unflatten(leaves)
-
-    def given_by_position(self, flag: str, count: int) -> bool:
-        """Whether a call with that many positional arguments says a flag itself."""
-        names = [p.name for p in self.__signature__.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-        return flag in names[:count]
 
     def _signature(self) -> inspect.Signature:
         """As calls see it: the leaves in place of the parts; what the module gives by itself is not required."""

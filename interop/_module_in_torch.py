@@ -99,7 +99,7 @@ class WrappedJaxFunction(torch.nn.Module):
         if not self._function.has_modes:
             return self._crossed(self.params.read(), *args, **kwargs)
         for flag, in_training in self._function.flags.items():
-            if flag not in kwargs and not self._function.given_by_position(flag, len(args)):
+            if flag not in kwargs and len(args) <= self._function.places.get(flag, len(args)):
                 kwargs[flag] = self.training is in_training
         state = self.state.read() if self.state else []
         if self.training:
