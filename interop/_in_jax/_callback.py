@@ -23,6 +23,7 @@ from interop._private import torch as torch_private
 from interop._side import Leaves
 from interop._threads import TAKING_TURNS, THREAD
 
+_below_autograd: Any = torch_private.below_autograd or torch.no_grad
 _LIBRARIES = tuple(str(Path(str(module.__file__)).parent) for module in (errors, torch))
 
 
@@ -31,22 +32,13 @@ def callback(flat: TorchFlat, avals: Sequence[Aval], structure: Static, *, trust
 
     A trusted function is a graph of ours: it keeps and writes nothing.
     """
-    state, modes = (flat.traced.state, flat.traced.modes) if flat.traced else (TorchState.now(), None)
-    as_traced = functools.partial(flat.modes.under, modes) if flat.modes and flat.traced else contextlib.nullcontext
-
-    known = structure
-
-    def run(outs: list[torch.Tensor], ins: list[torch.Tensor]) -> None:
-        if trusted:
-            results = flat.leaves(*ins)
-        else:
-            with TAKING_TURNS, as_traced():
-                results, found = _run_untrusted(flat, [t.clone() for t in ins])
-            nonlocal known
-            if found.value is not known.value:
-                check_structure(found, structure, flat.name)
-                known = found  # the same object comes again
-        _write(results, outs, avals, flat.name)
+    state = flat.traced.state if flat.traced else TorchState.now()
+    if flat.graph and flat.graph.plain and not state.is_autocast:
+        run = _of_graph(flat.graph.run, avals, flat.name)
+    elif trusted:
+        run = lambda outs, ins: _write(flat.leaves(*ins), outs, avals, flat.name)  # noqa: E731
+    else:
+        run = _of_function(flat, avals, structure)
 
     def body(context: Any, outs: Any, *buffers: Any) -> None:
         before, flushing, here = THREAD.cannot_wait, flushes(), state if state.is_here() else TorchState.now()
@@ -72,6 +64,42 @@ def callback(flat: TorchFlat, avals: Sequence[Aval], structure: Static, *, trust
                 torch.set_flush_denormal(True)
 
     return body
+
+
+def _of_graph(graph: Callable[..., Leaves], avals: Sequence[Aval], name: str) -> Callable[..., None]:
+    """Run what is made of torch's own operations: no mode is looked at, and the results always have the same shapes."""
+    fits = False
+
+    def run(outs: list[torch.Tensor], ins: list[torch.Tensor]) -> None:
+        nonlocal fits
+        with _below_autograd():
+            results = graph(*ins)
+            if fits:
+                for result, out in zip(results, outs, strict=True):
+                    out.copy_(result)
+            else:
+                _write(results, outs, avals, name)
+                fits = all(result.dtype is out.dtype for result, out in zip(results, outs, strict=True))
+
+    return run
+
+
+def _of_function(flat: TorchFlat, avals: Sequence[Aval], structure: Static) -> Callable[..., None]:
+    """Run a function of the user's: on copies, one at a time, and look at what comes."""
+    modes = flat.traced.modes if flat.traced else None
+    as_traced = functools.partial(flat.modes.under, modes) if flat.modes and flat.traced else contextlib.nullcontext
+    known = structure
+
+    def run(outs: list[torch.Tensor], ins: list[torch.Tensor]) -> None:
+        with TAKING_TURNS, as_traced():
+            results, found = _run_untrusted(flat, [t.clone() for t in ins])
+        nonlocal known
+        if found.value is not known.value:
+            check_structure(found, structure, flat.name)
+            known = found  # the same object comes again
+        _write(results, outs, avals, flat.name)
+
+    return run
 
 
 def _said(error: BaseException, flat: TorchFlat) -> str:

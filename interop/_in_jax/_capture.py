@@ -12,7 +12,7 @@ import functools
 import logging
 import operator
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from interop._abstract import Aval
 from interop._derive import NOTHING, Levels, Mask, Static
 from interop._errors import InteropError
 from interop._in_jax._flat import TorchFlat
+from interop._in_jax._graph import Graph, ancestors, compiled, simplify
 from interop._in_jax._random import seeding
 from interop._leaf import TORCH_OF, WIDE_FLOATS, jax_dtype, traced_device, x64_enabled
 from interop._private import jax as jax_private
@@ -80,7 +81,7 @@ class Capture:
             _, pull = TORCH.vjp(lambda *cotangents: self.backward.leaves(*saved, *cotangents), *zeros)
             return tuple(map(TORCH.conjugated, pull(tuple(map(TORCH.conjugated, tangents))))), NOTHING
 
-        return replace(self.backward, fn=push, memos={})
+        return replace(self.backward, fn=push, memos={}, graph=None)
 
     def vmap(self, size: int) -> Capture:
         """The same over a batch that is the first axis of everything."""
@@ -164,56 +165,11 @@ def _joint(flat: TorchFlat, active: Mask) -> Callable[..., tuple[Any, Any]]:
     return joint
 
 
-def _bernoulli_like(x: torch.Tensor, p: float) -> torch.Tensor:
-    return torch.empty_like(x).bernoulli_(p)
-
-
-_INSTEAD: dict[Any, Any] = {
-    _ATEN.view.default: _ATEN.reshape.default,  # XLA hands residuals over densely packed
-    _ATEN._unsafe_view.default: _ATEN.reshape.default,
-    _ATEN.bernoulli.p: _bernoulli_like,  # it draws in another order than a dropout, where the axes are permuted
-}
-
 # Views that are no smaller than what they are views of.
 _VIEWS = frozenset({
     _ATEN.t.default, _ATEN.transpose.int, _ATEN.permute.default, _ATEN.view.default, _ATEN._unsafe_view.default,
-    _ATEN.unsqueeze.default, _ATEN.squeeze.dim, _ATEN.expand.default, _ATEN.detach.default, _ATEN.alias.default,
+    _ATEN.unsqueeze.default, _ATEN.squeeze.dim, _ATEN.expand.default,
 })  # fmt: skip
-
-# These write to running statistics, and their schemas don't say so.
-_STATISTICS = frozenset(
-    {_ATEN.native_batch_norm.default, _ATEN.cudnn_batch_norm.default, _ATEN.miopen_batch_norm.default}
-)
-
-
-def _drop_copies(module: torch.fx.GraphModule) -> None:
-    """A copy of an input or a constant is that itself, where nothing that is made from it is written to."""
-    for node in module.graph.find_nodes(op="call_function", target=_ATEN.clone.default):
-        if node.args[0].op in ("placeholder", "get_attr") and not any(
-            map(_writes, _reached(node.users, lambda user: user.users))
-        ):
-            node.replace_all_uses_with(node.args[0])
-            module.graph.erase_node(node)
-
-
-def _writes(node: Any) -> bool:
-    return torch_private.writes(node) or node.target in _STATISTICS
-
-
-def _reached(starts: Iterable[Any], step: Callable[[Any], Iterable[Any]]) -> set[Any]:
-    """The nodes themselves, and all that lead from one to the next by this step."""
-    found: set[Any] = set()
-    waiting = list(starts)
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            waiting.extend(step(node))
-    return found
-
-
-def _ancestors(ends: Sequence[Any]) -> set[Any]:
-    return _reached((node for node in ends if isinstance(node, torch.fx.Node)), lambda node: node.all_input_nodes)
 
 
 class _Cut:
@@ -227,7 +183,7 @@ class _Cut:
         active: Mask,
         outputs: Sequence[Aval],
     ) -> None:
-        _drop_copies(module)
+        simplify(module.graph)
         self.module, self.flat, self.avals, self.active, self.count = module, flat, avals, active, len(outputs)
         self.wanted = [aval for aval, a in zip(avals, active, strict=True) if a]
         self.inexact = tuple(aval for aval in outputs if aval.dtype.kind in "fcV")
@@ -237,8 +193,8 @@ class _Cut:
         results = list(next(node for node in nodes if node.op == "output").args[0])
         flattened, _ = torch_pytree.tree_flatten(results, is_leaf=lambda x: x is None)
         self.outs, self.grads = flattened[: self.count], flattened[self.count :]
-        self.forward_nodes = _ancestors(self.outs)
-        self.backward_nodes = _ancestors(self.grads) - self.forward_nodes
+        self.forward_nodes = ancestors(self.outs)
+        self.backward_nodes = ancestors(self.grads) - self.forward_nodes
         self._pull_up_items(nodes)
         self._push_down_views(nodes)
 
@@ -271,20 +227,23 @@ class _Cut:
         ]  # fmt: skip
         if any(_is_random(n) for n in self.backward_nodes):
             raise TypeError("the gradient draws random numbers")
-        forward = self._graph(self.primals, [*self.outs, *new], self.forward_nodes)
-        if any(map(_is_fused, self.forward_nodes)):
-            forward = torch.enable_grad()(forward)  # else the kernel leaves out the workspace that its backward reads
-        values = self._residual_values(forward, new)
+        forward = compiled(self.module, self.primals, [*self.outs, *new])
+        if any(map(_is_fused, self.forward_nodes)):  # else the kernel leaves out the workspace that its backward reads
+            forward = replace(forward, run=torch.enable_grad()(forward.run))
+        values = self._residual_values(forward.run, new)
         if any(v.dtype in WIDE_FLOATS for v in values) and not x64_enabled():
             raise TypeError("a residual is a 64-bit float")
-        backward = self._graph([*between, *self.cotangents], self.grads, self.backward_nodes)
         avals = tuple(Aval(tuple(v.shape), jax_dtype(v.dtype, x64=x64_enabled())) for v in values)
         real = dict(zip(new, values, strict=True))
-        dtypes = [(real[n] if n in real else n.meta["val"]).dtype for n in between]
+        dtypes = {n: (real[n] if n in real else n.meta["val"]).dtype for n in between}
+        narrow = {n: t for n, t in dtypes.items() if TORCH_OF[jax_dtype(t, x64=x64_enabled())] is not t}
+        zeros = [functools.partial(torch.zeros, w.shape, dtype=TORCH_OF[w.dtype]) for w in self.wanted]
+        grads = [zero if grad is None else grad for grad, zero in zip(self.grads, zeros, strict=True)]
+        backward = compiled(self.module, [*between, *self.cotangents], grads, narrow)
         key = self.flat.key
         return Capture(
             self._flat(forward if key is None else _seeded(forward, key), "forward", key),
-            self._flat(_restoring(backward, dtypes, self.wanted), "backward"),
+            self._flat(backward, "backward"),
             self.count,
             tuple(origins),
             avals,
@@ -296,7 +255,7 @@ class _Cut:
 
     def _is_linear(self, between: Sequence[Any]) -> bool:
         active = {p for p, a in zip(self.primals, self.active, strict=True) if a}
-        return not active & _ancestors(between)
+        return not active & ancestors(between)
 
     def _residual_values(self, forward: Callable[..., Any], new: Sequence[Any]) -> Sequence[torch.Tensor]:
         """Tensors like the residuals: fake ones, or those of a trial, for kernels that keep more than they say."""
@@ -305,34 +264,16 @@ class _Cut:
             raise TypeError("the shape of a residual depends on values")
         if any(_is_fused(n) or _is_narrow(n) for n in self.forward_nodes):
             zeros = [torch.zeros(a.shape, dtype=TORCH_OF[a.dtype], device=traced_device()) for a in self.avals]
-            with torch.no_grad():
-                values = list(forward(*zeros))[self.count :]
+            values = list(forward(*zeros))[self.count :]
         return values
 
-    def _graph(self, inputs: Sequence[Any], outputs: Sequence[Any], nodes: set[Any]) -> Callable[..., Any]:
-        graph = torch.fx.Graph()
-        copied: dict[Any, Any] = {}
-        for i, node in enumerate(inputs):
-            copied[node] = graph.placeholder(f"x{i}")
-        for node in self.module.graph.nodes:
-            if (
-                (node in nodes or node.op == "get_attr")
-                and node not in copied
-                and node.op not in ("placeholder", "output")
-            ):
-                copied[node] = graph.node_copy(node, copied.__getitem__)
-                copied[node].target = _INSTEAD.get(node.target, node.target)
-        graph.output(tuple(copied[n] if isinstance(n, torch.fx.Node) else n for n in outputs))
-        graph.eliminate_dead_code()
-        return torch.fx.GraphModule(self.module, graph).forward
-
-    def _flat(self, fn: Callable[..., Any], kind: str, key: int | None = None) -> TorchFlat:
+    def _flat(self, graph: Graph, kind: str, key: int | None = None) -> TorchFlat:
         def flat_fn(*leaves: Leaf) -> tuple[Leaves, Static]:
-            with torch.no_grad(), _without_autocast():  # every cast is in the graph
-                return tuple(fn(*leaves)), NOTHING
+            with _without_autocast():
+                return graph.run(*leaves), NOTHING
 
         levels = Levels(differentiable=True, jittable=True)
-        return TorchFlat(TORCH, flat_fn, f"{self.flat.name}.{kind}", levels, key=key)
+        return TorchFlat(TORCH, flat_fn, f"{self.flat.name}.{kind}", levels, key=key, graph=graph)
 
 
 def _without_autocast() -> contextlib.AbstractContextManager[Any]:
@@ -353,25 +294,9 @@ def _is_narrow(node: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point() and value.element_size() < 4
 
 
-def _seeded(forward: Callable[..., Any], key: int) -> Callable[..., Any]:
-    def seeded_forward(*leaves: Leaf) -> Any:
+def _seeded(graph: Graph, key: int) -> Graph:
+    def seeded(*leaves: Leaf) -> Leaves:
         with seeding(leaves[key]):
-            return forward(*leaves)
+            return graph.run(*leaves)
 
-    return seeded_forward
-
-
-def _restoring(
-    backward: Callable[..., Any], dtypes: Sequence[torch.dtype], wanted: Sequence[Aval]
-) -> Callable[..., Leaves]:
-    """The backward on residuals as JAX kept them (integers in 32 bits); a gradient that does not exist is zero."""
-
-    def restored(*leaves: Leaf) -> Leaves:
-        saved = [x.to(dtype) for x, dtype in zip(leaves, dtypes, strict=False)]
-        grads = backward(*saved, *leaves[len(dtypes) :])
-        return tuple(
-            torch.zeros(w.shape, dtype=TORCH_OF[w.dtype]) if g is None else g
-            for g, w in zip(grads, wanted, strict=True)
-        )
-
-    return restored
+    return Graph(seeded, plain=False)

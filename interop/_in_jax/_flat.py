@@ -15,6 +15,7 @@ import torch
 from interop._abstract import Aval, Outputs, aval_of, check_promise, check_structure, infer_torch, narrowed
 from interop._derive import NOTHING, Axes, Flat, FlatFn, Mask, Static, derive_jvp, derive_vjp, derive_vmap
 from interop._errors import InteropError, PrecisionError
+from interop._in_jax._graph import Graph
 from interop._in_jax._random import seeding
 from interop._in_jax._surroundings import TorchState
 from interop._in_jax._ways import (
@@ -84,6 +85,7 @@ class TorchFlat(Flat):
         traced: what was about when a trace met it.
         order: how many times it has been derived. From the second on it is taken apart: in torch the second derivatives
             of some fused kernels are wrong (norms, `weight_norm`), and what is wrong raises nothing.
+        graph: of a captured function, what it runs.
     """
 
     modes: Modes | None = None
@@ -93,6 +95,7 @@ class TorchFlat(Flat):
     exact: TorchFlat | None = None
     traced: Surroundings | None = None
     order: int = 0
+    graph: Graph | None = None
 
     def here(self) -> Self:
         """The function as it is traced now: JAX caches by it, and what it is depends on more than its arguments."""
@@ -187,7 +190,7 @@ class TorchFlat(Flat):
         return fn
 
     def _derived(self, kind: str, fn: FlatFn, order: int) -> Self:
-        return replace(self.derived(kind, fn), exact=None, known=None, origin=None, order=order)
+        return replace(self.derived(kind, fn), exact=None, known=None, origin=None, order=order, graph=None)
 
 
 jax_private.weak_in_caches(TorchFlat)  # else it would keep alive what nobody has any more

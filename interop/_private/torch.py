@@ -452,3 +452,70 @@ def writes(node: Any) -> bool:
     """Whether an operation of a graph says that it writes to an argument."""
     schema = getattr(node.target, "_schema", None)
     return bool(schema and schema.is_mutable)
+
+
+_fx_node: Any = importlib.import_module("torch.fx.node")
+_QUICK: dict[Any, Callable[..., Any]] = {}
+
+
+def quick_call(node: Any) -> Callable[..., Any]:
+    """The quickest way to call the operation of a node of a traced graph with the arguments that it has there.
+
+    A function or method of torch reads its arguments in less time than the operation itself. It will do, where a trial
+    shows that it calls this very operation with these very arguments.
+    """
+    op: Any = node.target
+    if PUBLIC_ONLY or not hasattr(op, "overloadpacket"):
+        return op
+    key = (op, tuple(map(_kind_of, node.args)), tuple((name, _kind_of(x)) for name, x in node.kwargs.items()))
+    found = _QUICK.get(key)
+    if found is None:
+        name = op.overloadpacket.__name__
+        places = (torch, torch.nn.functional, torch.Tensor)
+        candidates = [fn for place in places if isinstance(fn := getattr(place, name, None), _BUILTIN)]
+        found = _QUICK[key] = next((fn for fn in candidates if _calls(fn, node)), getattr(op, "_op", op))
+    return found
+
+
+_BUILTIN = types.BuiltinFunctionType | types.MethodDescriptorType
+
+
+def _kind_of(argument: Any) -> Any:
+    if isinstance(argument, list | tuple):
+        return (type(argument), *map(_kind_of, argument))
+    return type(argument)
+
+
+class _Called(Exception):
+    pass
+
+
+class _FirstCall(TorchDispatchMode):
+    """Ends with the first operation that is called under it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise _Called(func, args, kwargs or {})
+
+
+def _calls(fn: Callable[..., Any], node: Any) -> bool:
+    """Whether a function calls the operation of this node, when it is given its arguments."""
+    try:
+        args, kwargs = _fx_node.map_arg((node.args, node.kwargs), lambda x: x.meta["val"])
+    except KeyError:  # a constant
+        return False
+    try:
+        with _FirstCall():
+            fn(*args, **kwargs)
+    except _Called as call:
+        return call.args[0] is node.target and _is_same(call.args[1:], (args, kwargs))
+    except Exception:  # noqa: BLE001 - whatever it does not take
+        return False
+    return False
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_is_same, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_is_same(a[key], b[key]) for key in a)
+    return a is b or (not isinstance(a, torch.Tensor) and type(a) is type(b) and a == b)
