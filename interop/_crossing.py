@@ -213,7 +213,10 @@ class Entry:
             return outs, tree
 
         if spec.plain and promised is None and numbers is None and not any(impls):
-            fn = lambda *leaves: flat_result(function(*leaves))  # noqa: E731 - the same, with nothing to put together
+
+            def fn(*leaves: Leaf) -> tuple[Leaves, Static]:  # the same, with nothing to put together
+                result = function(*leaves)
+                return ((result,), structure) if type(result) is single else flat_result(result)
 
         levels = Levels(
             record.differentiable, record.jittable, promised, record.jit, record.vmap, record.gradient_at_once

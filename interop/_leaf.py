@@ -204,14 +204,14 @@ def _import_by_protocol(t: torch.Tensor, device: Any) -> jax.Array:
         return jax.device_put(jax.dlpack.from_dlpack(t), device)
 
 
-# The shardings of arrays on the CPU that results are made on: nothing is to be looked at, and a set is quick to ask.
+# The CPU that results are made on, once it is known: of an array that is there, nothing is to be looked at.
 AT_HOME: set[Any] = set()
 
 
 def is_home(device: Any) -> bool:
     """Whether it is the CPU that results are made on."""
     home = jax_device(_CPU)
-    AT_HOME.add(SingleDeviceSharding(home))
+    AT_HOME.add(home)
     return bool(device == home)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
@@ -17,7 +17,8 @@ _config: Any = jax.config
 _forked = False
 
 # A function of the user may be entered from several threads of a compiled program; torch modules are not made for that.
-_turn = threading.RLock()
+TAKING_TURNS: Any = threading.RLock()
+has_turn: Callable[[], bool] = TAKING_TURNS._is_owned
 
 
 class _Thread(threading.local):
@@ -26,11 +27,9 @@ class _Thread(threading.local):
     Attributes:
         cannot_wait: whether a JAX program that this thread starts could wait for ever: the thread belongs to another
             compiled program, which has called back into torch and waits for this one; or to a forked child.
-        turns: how many callbacks of compiled programs this thread is in that no other may run beside.
     """
 
     cannot_wait = False
-    turns = 0
 
 
 THREAD = _Thread()
@@ -67,30 +66,12 @@ def refuse_waiting() -> None:
     )
 
 
-class _Turns:
-    """One at a time, of the callbacks that run a function of the user."""
-
-    def __enter__(self) -> None:
-        _turn.acquire()
-        THREAD.turns += 1
-
-    def __exit__(self, *_: object) -> None:
-        THREAD.turns -= 1
-        _turn.release()
-
-
-TAKING_TURNS = _Turns()
-
-
 @contextlib.contextmanager
 def turn_given_away() -> Generator[None]:
     """Others may take their turn: the program that is waited for may be among them."""
-    turns, THREAD.turns = THREAD.turns, 0
-    for _ in range(turns):
-        _turn.release()
+    held = TAKING_TURNS._release_save() if has_turn() else None
     try:
         yield
     finally:
-        for _ in range(turns):
-            _turn.acquire()
-        THREAD.turns = turns
+        if held is not None:
+            TAKING_TURNS._acquire_restore(held)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,15 +13,17 @@ import torch
 
 from interop import _errors as errors
 from interop._abstract import Aval, check_promise, check_structure, narrowed
-from interop._derive import Static
+from interop._derive import FlatFn, Static
 from interop._errors import InteropError
 from interop._in_jax._flat import TorchFlat
 from interop._in_jax._random import refused
-from interop._in_jax._surroundings import NOTHING, TorchState, flushes, on_stream
+from interop._in_jax._surroundings import TorchState, flushes, on_stream
 from interop._private import torch as torch_private
-from interop._side import Leaves
+from interop._side import Leaf, Leaves
 from interop._threads import TAKING_TURNS, THREAD
 
+from_numpy, from_capsule = torch.from_numpy, torch_private.from_capsule
+set_flush_denormal = torch.set_flush_denormal
 _below_autograd: Any = torch_private.below_autograd or torch.no_grad
 _LIBRARIES = tuple(str(Path(str(module.__file__)).parent) for module in (errors, torch))
 
@@ -36,32 +37,32 @@ def callback(flat: TorchFlat, avals: Sequence[Aval], structure: Static, *, trust
     if flat.graph and flat.graph.plain and not state.is_autocast:
         run = _of_graph(flat.graph.run, avals, flat.name)
     elif trusted:
-        run = lambda outs, ins: _write(flat.leaves(*ins), outs, avals, flat.name)  # noqa: E731
+        run = _of_derived(flat, avals)
     else:
         run = _of_function(flat, avals, structure)
+    is_here = state.watch()
 
     def body(context: Any, outs: Any, *buffers: Any) -> None:
-        before, flushing, here = THREAD.cannot_wait, flushes(), state if state.is_here() else TorchState.now()
+        flushing, before, found = flushes(), THREAD.cannot_wait, None if is_here() else TorchState.now()
         # Nobody above but JAX's wrapper of this: a thread of XLA's own, and not the one that called the program.
         THREAD.cannot_wait = before or sys._getframe(1).f_back is None
         if flushing:
-            torch.set_flush_denormal(False)
+            set_flush_denormal(False)
         try:
-            with NOTHING if here is state else state.entered():
-                places, ins = [export_buffer(out) for out in outs], [export_buffer(b) for b in buffers]
-                if places and places[0].is_cuda:
-                    with on_stream(context, places[0].device):
-                        run(places, ins)
-                else:
-                    run(places, ins)
+            places = [export_buffer(out) for out in outs]
+            if found is None and not (places and places[0].is_cuda):
+                run(places, buffers)
+            else:
+                with state.entered(), on_stream(context, places):
+                    run(places, buffers)
         except BaseException as error:  # noqa: BLE001 - XLA passes on words alone, and dies of an error that has none
             raise RuntimeError(_said(error, flat)) from None
         finally:
             THREAD.cannot_wait = before
-            if not here.is_here():
-                here.put_back()  # the function has left a mode on
+            if not is_here() if found is None else found != TorchState.now():
+                (found or state).put_back()  # the function has left a mode on
             if flushing:
-                torch.set_flush_denormal(True)
+                set_flush_denormal(True)
 
     return body
 
@@ -70,10 +71,10 @@ def _of_graph(graph: Callable[..., Leaves], avals: Sequence[Aval], name: str) ->
     """Run what is made of torch's own operations: no mode is looked at, and the results always have the same shapes."""
     fits = False
 
-    def run(outs: list[torch.Tensor], ins: list[torch.Tensor]) -> None:
+    def run(outs: list[torch.Tensor], buffers: Sequence[Any]) -> None:
         nonlocal fits
         with _below_autograd():
-            results = graph(*ins)
+            results = graph(*[export_buffer(buffer) for buffer in buffers])
             if fits:
                 for result, out in zip(results, outs, strict=True):
                     out.copy_(result)
@@ -84,22 +85,66 @@ def _of_graph(graph: Callable[..., Leaves], avals: Sequence[Aval], name: str) ->
     return run
 
 
+def _of_derived(flat: TorchFlat, avals: Sequence[Aval]) -> Callable[..., None]:
+    """Run what is derived from a graph."""
+
+    def run(outs: list[torch.Tensor], buffers: Sequence[Any]) -> None:
+        _write(flat.leaves(*map(export_buffer, buffers)), outs, avals, flat.name)
+
+    return run
+
+
 def _of_function(flat: TorchFlat, avals: Sequence[Aval], structure: Static) -> Callable[..., None]:
     """Run a function of the user's: on copies, one at a time, and look at what comes."""
-    modes = flat.traced.modes if flat.traced else None
-    as_traced = functools.partial(flat.modes.under, modes) if flat.modes and flat.traced else contextlib.nullcontext
-    known = structure
+    fn = _under_modes(flat)
+    if flat.levels.example_output is not None and flat.key is None:
+        fn = _without_draws(fn, flat.name)
+    known = structure.value
 
-    def run(outs: list[torch.Tensor], ins: list[torch.Tensor]) -> None:
-        with TAKING_TURNS, as_traced():
-            results, found = _run_untrusted(flat, [t.clone() for t in ins])
+    def run(outs: list[torch.Tensor], buffers: Sequence[Any]) -> None:
         nonlocal known
-        if found.value is not known.value:
+        with TAKING_TURNS:
+            results, found = fn(*_own(buffers))
+        if found.value is not known:
             check_structure(found, structure, flat.name)
-            known = found  # the same object comes again
+            known = found.value  # the same object comes again
         _write(results, outs, avals, flat.name)
 
     return run
+
+
+def _under_modes(flat: TorchFlat) -> FlatFn:
+    """The function with its modules in the modes that they were traced in."""
+    modes, traced, fn = flat.modes, flat.traced, flat.fn
+    if modes is None or traced is None or isinstance(modes.under(traced.modes), contextlib.nullcontext):
+        return fn
+
+    def run(*leaves: Leaf) -> tuple[Leaves, Static]:
+        with modes.under(traced.modes):
+            return fn(*leaves)
+
+    return run
+
+
+def _without_draws(fn: FlatFn, name: str) -> FlatFn:
+    """A function that could not be inferred, watched: the program does not know that it draws."""
+
+    def run(*leaves: Leaf) -> tuple[Leaves, Static]:
+        before = torch.get_rng_state()
+        found = fn(*leaves)
+        if not torch.equal(before, torch.get_rng_state()):
+            raise refused(name, "what it draws is no effect that the program knows of: its shapes are not inferred")
+        return found
+
+    return run
+
+
+def _own(buffers: Sequence[Any]) -> list[torch.Tensor]:
+    """Tensors with the values of buffers, in memory of their own: numpy's small blocks cost less than torch's."""
+    try:
+        return [from_numpy(buffer.__array__().copy()) for buffer in buffers]
+    except (TypeError, ValueError, RuntimeError):  # numpy's dtypes are fewer, and all on the CPU
+        return [export_buffer(buffer).clone() for buffer in buffers]
 
 
 def _said(error: BaseException, flat: TorchFlat) -> str:
@@ -119,20 +164,9 @@ def _is_ours(file: str) -> bool:
     return file.startswith(_LIBRARIES)
 
 
-def _run_untrusted(flat: TorchFlat, ins: list[torch.Tensor]) -> tuple[Leaves, Static]:
-    """Run a function of the user; one that could not be inferred is watched."""
-    if flat.levels.example_output is None or flat.key is not None:
-        return flat.fn(*ins)
-    before = torch.get_rng_state()
-    found = flat.fn(*ins)
-    if not torch.equal(before, torch.get_rng_state()):
-        raise refused(flat.name, "what it draws is no effect that the program knows of: its shapes are not inferred")
-    return found
-
-
 def export_buffer(buffer: Any) -> torch.Tensor:
     """A tensor over a buffer of a running program; valid until the callback returns."""
-    return torch_private.from_capsule(buffer.__dlpack__())
+    return from_capsule(buffer.__dlpack__())
 
 
 def _write(results: Leaves, places: Sequence[torch.Tensor], avals: Sequence[Aval], name: str) -> None:

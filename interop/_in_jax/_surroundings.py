@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +13,12 @@ from interop._private import torch as torch_private
 
 _TINY, _ONE = np.float32(1e-40), np.float32(1)
 _CPU = torch.device("cpu")
-NOTHING = contextlib.nullcontext()
+is_grad_enabled, is_inference_mode, default_dtype = (
+    torch.is_grad_enabled,
+    torch.is_inference_mode_enabled,
+    torch.get_default_dtype,
+)
+any_autocast, function_modes = torch_private.any_autocast, torch_private.function_modes
 
 
 def flushes() -> bool:
@@ -22,8 +27,12 @@ def flushes() -> bool:
 
 
 @contextlib.contextmanager
-def on_stream(context: Any, device: torch.device) -> Generator[None]:
+def on_stream(context: Any, places: Sequence[torch.Tensor]) -> Generator[None]:
     """On the stream of a program on a GPU: XLA goes on when that stream has come so far."""
+    if not (places and places[0].is_cuda):
+        yield
+        return
+    device = places[0].device
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.ExternalStream(context.stream(), device=device)):
         yield
 
@@ -53,15 +62,17 @@ class TorchState(NamedTuple):
             torch.get_default_device() if torch_private.function_modes() else _CPU,
         )
 
-    def is_here(self) -> bool:
-        """Whether the thread has this state already; asked at each callback, the commonest first."""
-        return not (
-            torch.is_grad_enabled() is not self.grad
-            or torch.is_inference_mode_enabled() is not self.inference
-            or torch.get_default_dtype() is not self.default_dtype
-            or ((torch_private.any_autocast() or self.is_autocast) and TorchState.now() != self)
-            or ((torch_private.function_modes() or self.default_device != _CPU) and TorchState.now() != self)
-        )
+    def watch(self) -> Callable[[], bool]:
+        """Whether the thread has this state, as a function that is quick where it has, and has nothing uncommon."""
+        grad, inference, dtype = self.grad, self.inference, self.default_dtype
+        common = not self.is_autocast and self.default_device == _CPU
+
+        def is_here() -> bool:
+            if is_grad_enabled() is not grad or is_inference_mode() is not inference or default_dtype() is not dtype:
+                return False
+            return (common and not any_autocast() and not function_modes()) or TorchState.now() == self
+
+        return is_here
 
     @property
     def is_autocast(self) -> bool:

@@ -36,7 +36,7 @@ from interop._leaf import (
 from interop._private import jax as jax_private
 from interop._private import torch as torch_private
 from interop._side import Leaf, Leaves
-from interop._threads import THREAD, refuse_waiting, turn_given_away
+from interop._threads import THREAD, has_turn, refuse_waiting, turn_given_away
 
 _Result: TypeAlias = "tuple[Sequence[torch.Tensor], Any]"
 _SYMBOLS = frozenset({torch.SymInt, torch.SymFloat})  # numbers that a trace of torch keeps open
@@ -58,7 +58,7 @@ _config: Any = jax.config
 
 def call(flat: JaxFlat, leaves: Sequence[Leaf]) -> _Result:
     """Call the function on tensors and Python numbers; returns `(tensors, structure)`."""
-    if THREAD.cannot_wait or THREAD.turns:
+    if THREAD.cannot_wait or has_turn():
         return _call_nested(flat, leaves)
     if _config.jax_enable_x64:
         flat = flat.wide()
