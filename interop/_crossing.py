@@ -91,6 +91,16 @@ class Record:
             raise _located(error, self.name)
         return self.fn
 
+    @functools.cached_property
+    def shown(self) -> inspect.Signature:
+        """The guest's signature in the host's types. JAX asks for it several times a gradient."""
+        if self.signature is not None:
+            return inspect.signature(self.signature)
+        signature = signature_of(self.function)
+        if self.rng is not None:
+            signature = with_key(signature, self.rng)
+        return translate_signature(signature, self.host) if self.host else signature
+
     @property
     def guest(self) -> Side:
         """The framework that the function is written in."""
@@ -463,13 +473,7 @@ class _Signed(_Identity):
 
     @property
     def __signature__(self) -> inspect.Signature:
-        record = _record_of(self)
-        if record.signature is not None:
-            return inspect.signature(record.signature)
-        signature = signature_of(record.function)
-        if record.rng is not None:
-            signature = with_key(signature, record.rng)
-        return translate_signature(signature, record.host) if record.host else signature
+        return _record_of(self).shown
 
     @property
     def __annotations__(self) -> dict[str, Any]:  # type: ignore[override]

@@ -259,8 +259,10 @@ def find_closed_over(fn: Any, wanted: Callable[[Any], bool], given: Collection[s
     cells = zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)
     read = {name: cell.cell_contents for name, cell in cells if cell != types.CellType()}
     read |= {name: fn.__globals__[name] for name in _globals_of(fn.__code__) if name in fn.__globals__}
-    parameters = inspect.signature(fn).parameters.values()
-    read |= {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in given}
+    positional = fn.__code__.co_varnames[: fn.__code__.co_argcount]
+    defaults = dict(zip(reversed(positional), reversed(fn.__defaults__ or ()), strict=False))
+    defaults |= fn.__kwdefaults__ or {}
+    read |= {name: value for name, value in defaults.items() if name not in given}
     for name, value in read.items():
         found = first(value, wanted)
         if found:

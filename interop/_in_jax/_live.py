@@ -18,7 +18,7 @@ import torch
 
 from interop._derive import Mask, Static
 from interop._in_jax._flat import TorchFlat, check_finite, result_to_array, results_to_arrays, tensors_of
-from interop._leaf import array_to_tensor
+from interop._leaf import array_to_tensor, copy_tensor
 from interop._private import torch as torch_private
 from interop._side import TORCH
 
@@ -64,7 +64,7 @@ def forward(flat: TorchFlat, arrays: Sequence[jax.Array], active: Mask) -> tuple
 
 def _handle(live: Live) -> jax.Array:
     number = next(_numbers)
-    handle = jax.device_put(np.array([number], np.int32))
+    handle = copy_tensor(np.array([number], np.int32))
     _graphs[number] = live
     weakref.finalize(handle, _graphs.pop, number, None)
     return handle
