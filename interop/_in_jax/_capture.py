@@ -171,6 +171,10 @@ _VIEWS = frozenset({
     _ATEN.unsqueeze.default, _ATEN.squeeze.dim, _ATEN.expand.default,
 })  # fmt: skip
 
+# What is quickly made from what may be smaller, or larger.
+_PARTS = frozenset({_ATEN.select.int, _ATEN.slice.Tensor, _ATEN._to_copy.default})
+_SPLITS = frozenset({_ATEN.split.Tensor, _ATEN.split_with_sizes.default, _ATEN.unbind.int})
+
 
 class _Cut:
     """A joint graph cut into a forward and a backward."""
@@ -196,7 +200,7 @@ class _Cut:
         self.forward_nodes = ancestors(self.outs)
         self.backward_nodes = ancestors(self.grads) - self.forward_nodes
         self._pull_up_items(nodes)
-        self._push_down_views(nodes)
+        self._make_again(nodes)
 
     def _pull_up_items(self, nodes: Sequence[Any]) -> None:
         """An item of a tuple that the forward makes belongs to the forward: tuples are no residuals."""
@@ -205,12 +209,32 @@ class _Cut:
                 self.backward_nodes.discard(node)
                 self.forward_nodes.add(node)
 
-    def _push_down_views(self, nodes: Sequence[Any]) -> None:
-        """A view that the backward reads is made there once more, from what it is a view of: often an input."""
-        for node in reversed(nodes):
-            read = any(user in self.backward_nodes for user in node.users)
-            if read and node.target in _VIEWS and node in self.forward_nodes and node not in self.outs:
-                self.backward_nodes.add(node)
+    def _make_again(self, nodes: Sequence[Any]) -> None:
+        """What the backward reads, and is quickly made from what it has or from less, is made there once more."""
+        again = {n for n in self.forward_nodes if n not in self.backward_nodes and n not in self.outs}
+        while found := [n for n in reversed(nodes) if n in again and self._is_read(n) and self._is_quick(n)]:
+            for node in found:
+                made = [node, node.args[0]] if node.target is operator.getitem else [node]
+                self.backward_nodes.update(made)
+                again.difference_update(made)
+
+    def _is_read(self, node: Any) -> bool:
+        return any(user in self.backward_nodes for user in node.users)
+
+    def _is_quick(self, node: Any) -> bool:
+        if node.target in _VIEWS:
+            return True
+        if not node.all_input_nodes:
+            return node.op == "call_function" and not _is_random(node)
+        if node.target in _PARTS:
+            whole = node.args[0]
+            others = [user for user in whole.users if user.target in _PARTS]
+        elif node.target is operator.getitem and node.args[0].target in _SPLITS:
+            whole, others = node.args[0].args[0], node.args[0].users
+        else:
+            return False
+        has_whole = whole.op == "placeholder" or whole in self.outs or self._is_read(whole)
+        return has_whole or sum(_size(part) for part in others if self._is_read(part)) >= _size(whole)
 
     def capture(self) -> Capture:
         """The two graphs, and what lies between them."""
@@ -279,6 +303,12 @@ class _Cut:
 def _without_autocast() -> contextlib.AbstractContextManager[Any]:
     device = next((d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)), None)
     return torch.autocast(device, enabled=False) if device else contextlib.nullcontext()
+
+
+def _size(node: Any) -> int:
+    """In bytes."""
+    value: torch.Tensor = node.meta["val"]
+    return value.numel() * value.element_size()
 
 
 def _is_random(node: Any) -> bool:
