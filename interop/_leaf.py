@@ -225,6 +225,11 @@ def refuse_two_devices(tensors: Sequence[torch.Tensor]) -> None:
             )
 
 
+# Bytes up to which numpy copies an array in less time than torch, whose blocks cost 2 us; torch copies large ones in
+# several threads.
+SMALL = 2**17
+
+
 def view_of(t: torch.Tensor) -> Any:
     """A numpy array over the memory of a CPU tensor, for the length of one call; None for one that has to be looked at.
 

@@ -18,6 +18,7 @@ from interop._errors import InteropError
 from interop._in_jax._flat import TorchFlat
 from interop._in_jax._random import refused
 from interop._in_jax._surroundings import TorchState, flushes, on_stream
+from interop._leaf import SMALL
 from interop._private import torch as torch_private
 from interop._side import Leaf, Leaves
 from interop._threads import TAKING_TURNS, THREAD
@@ -43,14 +44,17 @@ def callback(flat: TorchFlat, avals: Sequence[Aval], structure: Static, *, trust
     is_here = state.watch()
 
     def body(context: Any, outs: Any, *buffers: Any) -> None:
-        flushing, before, found = flushes(), THREAD.cannot_wait, None if is_here() else TorchState.now()
+        flushing, at_home = flushes(), is_here()
+        found = state if at_home else TorchState.now()
         # Nobody above but JAX's wrapper of this: a thread of XLA's own, and not the one that called the program.
-        THREAD.cannot_wait = before or sys._getframe(1).f_back is None
+        alone = sys._getframe(1).f_back is None and not THREAD.cannot_wait
+        if alone:
+            THREAD.cannot_wait = True
         if flushing:
             set_flush_denormal(False)
         try:
             places = [export_buffer(out) for out in outs]
-            if found is None and not (places and places[0].is_cuda):
+            if at_home and not (places and places[0].is_cuda):
                 run(places, buffers)
             else:
                 with state.entered(), on_stream(context, places):
@@ -58,9 +62,10 @@ def callback(flat: TorchFlat, avals: Sequence[Aval], structure: Static, *, trust
         except BaseException as error:  # noqa: BLE001 - XLA passes on words alone, and dies of an error that has none
             raise RuntimeError(_said(error, flat)) from None
         finally:
-            THREAD.cannot_wait = before
-            if not is_here() if found is None else found != TorchState.now():
-                (found or state).put_back()  # the function has left a mode on
+            if alone:
+                THREAD.cannot_wait = False
+            if not (is_here() if at_home else found == TorchState.now()):
+                found.put_back()  # the function has left a mode on
             if flushing:
                 set_flush_denormal(True)
 
@@ -140,10 +145,13 @@ def _without_draws(fn: FlatFn, name: str) -> FlatFn:
 
 
 def _own(buffers: Sequence[Any]) -> list[torch.Tensor]:
-    """Tensors with the values of buffers, in memory of their own: numpy's small blocks cost less than torch's."""
+    """Tensors with the values of buffers, in memory that nobody else has."""
     try:
-        return [from_numpy(buffer.__array__().copy()) for buffer in buffers]
-    except (TypeError, ValueError, RuntimeError):  # numpy's dtypes are fewer, and all on the CPU
+        return [
+            from_numpy(view.copy()) if (view := buffer.__array__()).nbytes < SMALL else export_buffer(buffer).clone()
+            for buffer in buffers
+        ]
+    except Exception:  # noqa: BLE001 - numpy's dtypes are fewer, and all on the CPU
         return [export_buffer(buffer).clone() for buffer in buffers]
 
 

@@ -31,6 +31,7 @@ from interop._in_jax._ways import (
 from interop._leaf import (
     AT_HOME,
     NUMPY_OF,
+    SMALL,
     WIDE_FLOATS,
     WIDE_INTS,
     array_to_tensor,
@@ -49,7 +50,9 @@ from interop._private import torch as torch_private
 from interop._side import Leaf, Leaves
 
 _config: Any = jax.config
-_from_numpy, _numpy_array, _device_of = torch.from_numpy, np.array, jax_private.device_of
+_from_capsule, _capsule_of, _device_of = torch_private.from_capsule, jax_private.capsule_of, jax_private.device_of
+_asarray: Any = np.asarray
+_from_numpy = torch.from_numpy
 
 
 class Modes(Protocol):
@@ -281,7 +284,11 @@ def own(arrays: Sequence[jax.Array]) -> tuple[list[torch.Tensor], Any]:
     Also where its results belong, if that is not where results are made.
     """
     try:
-        tensors = [_from_numpy(_numpy_array(a)) for a in arrays if _device_of(a.sharding) in AT_HOME]
+        tensors = [
+            _from_numpy(view.copy()) if (view := _asarray(a)).nbytes < SMALL else _from_capsule(_capsule_of(a)).clone()
+            for a in arrays
+            if _device_of(a.sharding) in AT_HOME
+        ]
         if len(tensors) == len(arrays):
             return tensors, None
     except (AttributeError, TypeError, ValueError, RuntimeError, BufferError):

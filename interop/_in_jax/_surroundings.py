@@ -6,12 +6,11 @@ import contextlib
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from interop._private import torch as torch_private
 
-_TINY, _ONE = np.float32(1e-40), np.float32(1)
+_TINY, _ONE = 5e-324, 1.0
 _CPU = torch.device("cpu")
 is_grad_enabled, is_inference_mode, default_dtype = (
     torch.is_grad_enabled,
@@ -23,7 +22,7 @@ any_autocast, function_modes = torch_private.any_autocast, torch_private.functio
 
 def flushes() -> bool:
     """Whether denormal numbers are flushed to zero in this thread, as they are in a program of JAX."""
-    return bool(_TINY * _ONE == 0)
+    return _TINY * _ONE == 0
 
 
 @contextlib.contextmanager
