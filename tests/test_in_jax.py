@@ -575,6 +575,41 @@ def test_a_trace_computes_nothing(trace: Callable[..., Any]) -> None:
     assert counted_sine.times == 0
 
 
+# --- what a program keeps for the backward ----------------------------------------------------------------------------
+
+KEPT: dict[str, tuple[Fn, list[tuple[int, ...]]]] = {
+    "nothing but arguments": (lambda x: (x * x).sum(), []),
+    "a view of an argument": (lambda x: (x[2:5].exp() * x.view(2, 4)[0, :3]).sum(), [(3,)]),
+    "an output": (lambda x: x.sum().tanh(), []),
+    "a value": (lambda x: x.tanh().sum(), [(8,)]),
+    "what comes from nothing": (lambda x: (x * torch.arange(8.0).square()).sum(), [(8,)]),
+    "what comes from nothing at once": (lambda x: (x * torch.arange(8.0)).sum(), []),
+    "a value in both halves": (lambda x: torch.mul(*x.sin().chunk(2)).sum(), [(8,)]),
+    "a value in three rows": (lambda x: (lambda a, b, c: a * b * c)(*x.sin()[:6].view(3, 2)).sum(), [(2,), (6,)]),
+    "a small part of a value": (lambda x: x.sin()[:2].square().sum(), [(2,)]),
+    "a cast of an argument": (lambda x: x.double().square().sum().float(), []),
+}
+
+
+@pytest.mark.parametrize(("fn", "shapes"), KEPT.values(), ids=KEPT)
+def test_a_program_keeps_no_more_than_it_must(fn: Fn, shapes: list[tuple[int, ...]]) -> None:
+    """What the backward has, or makes quickly of what it has, does not leave the forward."""
+    x = jnp.arange(1.0, 9.0)
+    program = jax.make_jaxpr(jax.grad(levels(fn)))(x)
+    (forward,) = [equation for equation in program.eqns if equation.primitive.name == "torch_forward"]
+    assert sorted(v.aval.shape for v in forward.outvars[1:]) == shapes
+    native = torch.arange(1.0, 9.0).requires_grad_()
+    fn(native).backward()
+    assert_same(jax.jit(jax.grad(levels(fn)))(x), np.asarray(native.grad))
+
+
+def test_a_result_that_does_not_fit_is_found_in_every_run() -> None:
+    run = jax.jit(jax.value_and_grad(levels(lambda x, n: (x.square().sum(), n.long() * 2**20)), has_aux=True))
+    assert run(jnp.ones(2), jnp.array(3))[0][1] == 3 * 2**20
+    with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="does not fit into int32"):
+        jax.block_until_ready(run(jnp.ones(2), jnp.array(2**20)))
+
+
 # --- linear functions -------------------------------------------------------------------------------------------------
 
 matrix = np.arange(12, dtype=np.float32).reshape(3, 4) / 12

@@ -532,6 +532,8 @@ JITTED_GRADIENTS: dict[str, Fn] = {
         jax.value_and_grad(lambda x: (lambda y: (y.sum(), y))(f(x)), has_aux=True)(x))),
     "vjp of jit": lambda f: lambda x: (lambda out, pull: (out, pull(ones)[0]))(*jax.vjp(jax.jit(f), x)),
     "jit of linear_transpose": lambda f: jax.jit(lambda x: (lambda out, push: (out, jax.linear_transpose(push, x)(ones)[0]))(*jax.linearize(f, x))),
+    "jit of linearize": lambda f: jax.jit(lambda x: (lambda out, push: (out, push(ones)))(*jax.linearize(f, x))),
+    "jit of vmap of linearize": lambda f: jax.jit(lambda x: jax.vmap(lambda x: (lambda out, push: (out, push(ones)))(*jax.linearize(f, x)))(x[None])),
     "jit of vmap of vjp": lambda f: jax.jit(lambda x: jax.vmap(lambda x: (lambda out, pull: (out, pull(ones)[0]))(*jax.vjp(f, x)))(x[None])),
 }  # fmt: skip
 

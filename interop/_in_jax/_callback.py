@@ -43,6 +43,14 @@ def callback(flat: TorchFlat, avals: Sequence[Aval], structure: Static, *, trust
         run = _of_function(flat, avals, structure)
     is_here = state.watch()
 
+    def on_device(context: Any, outs: Any, buffers: Sequence[Any]) -> None:
+        places = [export_buffer(out) for out in outs]
+        if places and places[0].is_cuda:
+            with on_stream(context, places[0].device):
+                run(places, buffers)
+        else:
+            run(places, buffers)
+
     def body(context: Any, outs: Any, *buffers: Any) -> None:
         flushing, at_home = flushes(), is_here()
         found = state if at_home else TorchState.now()
@@ -53,12 +61,11 @@ def callback(flat: TorchFlat, avals: Sequence[Aval], structure: Static, *, trust
         if flushing:
             set_flush_denormal(False)
         try:
-            places = [export_buffer(out) for out in outs]
-            if at_home and not (places and places[0].is_cuda):
-                run(places, buffers)
+            if at_home:
+                on_device(context, outs, buffers)
             else:
-                with state.entered(), on_stream(context, places):
-                    run(places, buffers)
+                with state.entered():
+                    on_device(context, outs, buffers)
         except BaseException as error:  # noqa: BLE001 - XLA passes on words alone, and dies of an error that has none
             raise RuntimeError(_said(error, flat)) from None
         finally:

@@ -222,10 +222,8 @@ class _Cut:
         return any(user in self.backward_nodes for user in node.users)
 
     def _is_quick(self, node: Any) -> bool:
-        if node.target in _VIEWS:
+        if node.target in _VIEWS or _is_constant(node):
             return True
-        if not node.all_input_nodes:
-            return node.op == "call_function" and not _is_random(node)
         if node.target in _PARTS:
             whole = node.args[0]
             others = [user for user in whole.users if user.target in _PARTS]
@@ -233,8 +231,13 @@ class _Cut:
             whole, others = node.args[0].args[0], node.args[0].users
         else:
             return False
-        has_whole = whole.op == "placeholder" or whole in self.outs or self._is_read(whole)
-        return has_whole or sum(_size(part) for part in others if self._is_read(part)) >= _size(whole)
+        return self._has(whole) or sum(_size(part) for part in others if self._is_read(part)) >= _size(whole)
+
+    def _has(self, node: Any) -> bool:
+        """Whether the backward has it, or makes it of what it has."""
+        if node.op == "placeholder" or node in self.outs or _is_constant(node) or self._is_read(node):
+            return True
+        return node.target in _VIEWS | _PARTS and self._has(node.args[0])
 
     def capture(self) -> Capture:
         """The two graphs, and what lies between them."""
@@ -303,6 +306,11 @@ class _Cut:
 def _without_autocast() -> contextlib.AbstractContextManager[Any]:
     device = next((d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)), None)
     return torch.autocast(device, enabled=False) if device else contextlib.nullcontext()
+
+
+def _is_constant(node: Any) -> bool:
+    """Whether it is made of nothing, and always the same."""
+    return node.op == "call_function" and not node.all_input_nodes and not _is_random(node)
 
 
 def _size(node: Any) -> int:

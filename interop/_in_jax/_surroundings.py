@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 import torch
@@ -26,12 +26,8 @@ def flushes() -> bool:
 
 
 @contextlib.contextmanager
-def on_stream(context: Any, places: Sequence[torch.Tensor]) -> Generator[None]:
+def on_stream(context: Any, device: torch.device) -> Generator[None]:
     """On the stream of a program on a GPU: XLA goes on when that stream has come so far."""
-    if not (places and places[0].is_cuda):
-        yield
-        return
-    device = places[0].device
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.ExternalStream(context.stream(), device=device)):
         yield
 
