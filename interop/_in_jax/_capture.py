@@ -211,18 +211,19 @@ class _Cut:
 
     def _make_again(self, nodes: Sequence[Any]) -> None:
         """What the backward reads, and is quickly made from what it has or from less, is made there once more."""
-        again = {n for n in self.forward_nodes if n not in self.backward_nodes and n not in self.outs}
-        while found := [n for n in reversed(nodes) if n in again and self._is_read(n) and self._is_quick(n)]:
-            for node in found:
-                made = [node, node.args[0]] if node.target is operator.getitem else [node]
-                self.backward_nodes.update(made)
-                again.difference_update(made)
+        count = -1
+        while count != len(self.backward_nodes):
+            count = len(self.backward_nodes)
+            for node in reversed(nodes):
+                is_forward = node in self.forward_nodes and node not in self.backward_nodes and node not in self.outs
+                if is_forward and self._is_read(node) and self._is_quick(node):
+                    self.backward_nodes.add(node)
 
     def _is_read(self, node: Any) -> bool:
         return any(user in self.backward_nodes for user in node.users)
 
     def _is_quick(self, node: Any) -> bool:
-        if node.target in _VIEWS or _is_constant(node):
+        if node.target in _VIEWS | _SPLITS or _is_constant(node):  # a split is read by the items that are made again
             return True
         if node.target in _PARTS:
             whole = node.args[0]
@@ -235,7 +236,7 @@ class _Cut:
 
     def _has(self, node: Any) -> bool:
         """Whether the backward has it, or makes it of what it has."""
-        if node.op == "placeholder" or node in self.outs or _is_constant(node) or self._is_read(node):
+        if node.op in ("placeholder", "get_attr") or node in self.outs or _is_constant(node) or self._is_read(node):
             return True
         return node.target in _VIEWS | _PARTS and self._has(node.args[0])
 

@@ -59,8 +59,13 @@ def _the_same(node: Any) -> Any:
     if node.target in (_ATEN.t.default, _ATEN.transpose.int) and source.target is node.target:
         return source.args[0] if set(source.args[1:]) == set(node.args[1:]) else None
     if node.target is _ATEN.pow.Tensor_Scalar and node.args[1] == 1:
-        return source if source.meta["val"].dtype == node.meta["val"].dtype else None
+        return source if _dtype_of(source) is _dtype_of(node) else None
     return None
+
+
+def _dtype_of(node: Any) -> torch.dtype | None:
+    """The dtype of what it makes; None where that is not known, or no tensor."""
+    return getattr(node.meta.get("val"), "dtype", None)
 
 
 def _writes(node: Any) -> bool:
@@ -173,5 +178,5 @@ class _Code:
     def function(self, parameters: Iterable[str]) -> Callable[..., Leaves]:
         lines = [f"def graph({', '.join(parameters)}):", *self.lines]
         exec(compile("\n".join(lines), __file__, "exec"), self.constants)  # noqa: S102 - of names and numbers alone
-        function: Callable[..., Leaves] = self.constants["graph"]
+        function: Callable[..., Leaves] = self.constants.pop("graph")
         return function
