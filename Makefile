@@ -2,10 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench operators clean
+.PHONY: demo examples test lint bench operators clean
 
 demo: .venv/installed
 	$(BIN)/python examples/quickstart.py
+
+# Each checks its own result, and draws its picture anew.
+examples: .venv/installed
+	for script in examples/*.py; do echo $$script && $(BIN)/python $$script || exit; done
 
 # Two processes; a file stays in one of them, with what it has set up.
 test: lint
