@@ -30,19 +30,24 @@ class Crossed(Protocol[P, R_co]):
 class SupportsTorch(Protocol[T_co]):
     """A structure of arrays that says what it is with tensors in their place: for type checkers alone.
 
+        A = TypeVar("A", Array, Tensor)
+
         @dataclass
         class State(Generic[A]):
             x: A
             v: A
 
-            def __interop_torch__(self) -> "State[torch.Tensor]": ...
-            def __interop_jax__(self) -> "State[jax.Array]": ...
+            def __interop_torch__(self) -> "State[Tensor]":
+                raise NotImplementedError
+
+            def __interop_jax__(self) -> "State[Array]":
+                raise NotImplementedError
 
         @as_torch
-        def step(s: State[jax.Array]) -> State[jax.Array]:
+        def step(s: State[Array]) -> State[Array]:
             return State(s.x + s.v, s.v)
 
-    A checker then knows `step(s)` as a `State[torch.Tensor]`. Neither method is ever called. Without them the structure
+    A checker then knows `step(s)` as a `State[Tensor]`. Neither method is ever called. Without them the structure
     crosses all the same, and the result is `Any` to a checker.
     """
 

@@ -41,16 +41,22 @@ A = TypeVar("A")
 class State(Generic[A]):
     x: A
 
-    def __interop_torch__(self) -> State[Tensor]: ...  # type: ignore[empty-body]  # pyright: ignore[reportReturnType]
-    def __interop_jax__(self) -> State[Array]: ...  # type: ignore[empty-body]  # pyright: ignore[reportReturnType]
+    def __interop_torch__(self) -> State[Tensor]:
+        raise NotImplementedError
+
+    def __interop_jax__(self) -> State[Array]:
+        raise NotImplementedError
 
 
 class Pair(NamedTuple, Generic[A]):
     first: A
     second: A
 
-    def __interop_torch__(self) -> Pair[Tensor]: ...  # type: ignore[empty-body]  # pyright: ignore[reportReturnType]
-    def __interop_jax__(self) -> Pair[Array]: ...  # type: ignore[empty-body]  # pyright: ignore[reportReturnType]
+    def __interop_torch__(self) -> Pair[Tensor]:
+        raise NotImplementedError
+
+    def __interop_jax__(self) -> Pair[Array]:
+        raise NotImplementedError
 
 
 # --- functions --------------------------------------------------------------------------------------------------------
@@ -92,7 +98,10 @@ def pair(x: Tensor) -> Pair[Tensor]:
     return Pair(x, x)
 
 
-def stub(x: Array, *, n: int = 1) -> Array: ...  # type: ignore[empty-body]  # pyright: ignore[reportReturnType]
+def stub(x: Array, *, n: int = 1) -> Array:
+    raise NotImplementedError
+
+
 @jittable
 @as_jax
 @differentiable

@@ -26,14 +26,16 @@ class State(Generic[A]):
     x: A
     v: A
 
-    def __interop_torch__(self) -> State[Tensor]: ...  # type: ignore[empty-body]  # pyright: ignore[reportReturnType]
+    def __interop_torch__(self) -> State[Tensor]:
+        raise NotImplementedError
 
 
 class Pair(NamedTuple, Generic[A]):
     first: A
     second: A
 
-    def __interop_torch__(self) -> Pair[Tensor]: ...  # type: ignore[empty-body]  # pyright: ignore[reportReturnType]
+    def __interop_torch__(self) -> Pair[Tensor]:
+        raise NotImplementedError
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
@@ -205,7 +207,8 @@ twin: SupportsTorch[State[Tensor]] = State(a, a)
 # --- a signature ------------------------------------------------------------------------------------------------------
 
 
-def stub(x: Tensor, n: int = 3, *, mask: Tensor | None = None) -> tuple[Tensor, int]: ...  # type: ignore[empty-body]  # pyright: ignore[reportReturnType]
+def stub(x: Tensor, n: int = 3, *, mask: Tensor | None = None) -> tuple[Tensor, int]:
+    raise NotImplementedError
 
 
 @as_torch(signature=stub, static_argnames="n")
@@ -336,7 +339,8 @@ class Model:
         return x * n
 
 
-def stub_of_method(self: Exact, x: Tensor) -> Tensor: ...  # type: ignore[empty-body]  # pyright: ignore[reportReturnType]
+def stub_of_method(self: Exact, x: Tensor) -> Tensor:
+    raise NotImplementedError
 
 
 class Exact:
