@@ -168,11 +168,17 @@ class AsJax(Protocol):
 
     @overload
     def __call__(
-        self, fn: Function[..., Any], /, *, signature: Callable[P, R], **options: Unpack[ConstantJaxOptions]
+        self,
+        fn: Function[..., Any],
+        /,
+        *,
+        signature: Callable[P, R],
+        mutable: bool = ...,
+        **options: Unpack[JaxOptions],
     ) -> Callable[P, R]: ...
     @overload
     def __call__(
-        self, *, signature: Callable[P, R], **options: Unpack[ConstantJaxOptions]
+        self, *, signature: Callable[P, R], mutable: bool = ..., **options: Unpack[JaxOptions]
     ) -> Callable[[Function[..., Any]], Callable[P, R]]: ...
     @overload
     def __call__(

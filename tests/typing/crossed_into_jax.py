@@ -170,6 +170,10 @@ class Net(torch.nn.Module):
         return x, x * k
 
 
+def stub_of_module(params: dict[str, Array], x: Array) -> tuple[Array, dict[str, Array]]:
+    raise NotImplementedError
+
+
 linear = torch.nn.Linear(3, 2)
 apply, params = make_functional(linear)
 renewing, _ = make_functional(linear, mutable=True)
@@ -186,6 +190,7 @@ assert_type(as_jax(linear, mutable=True)(params, a), tuple[Array, dict[str, Arra
 assert_type(as_jax(mutable=True)(linear)(params, a), tuple[Any, dict[str, Array]])
 assert_type(as_jax(Net())({}, a, k=2), tuple[Array, Array])
 assert_type(differentiable(as_jax(linear))(params, a), Array)
+assert_type(as_jax(linear, signature=stub_of_module, mutable=True)(params, a), tuple[Array, dict[str, Array]])
 
 
 # --- JAX functions and models as torch modules ------------------------------------------------------------------------

@@ -153,7 +153,7 @@ def as_torch() -> Iterator[str]:
 
 
 def as_jax() -> Iterator[str]:
-    yield from exact(JAX)
+    yield from exact("mutable: bool = ..., **options: Unpack[JaxOptions]")
     yield from of_modules(f"self, fn: HasForward[P, IN], /, {MUTABLE_JAX}", "CALL", out=BUFFERS)
     yield from of_modules(f"self, fn: HasForward[P, IN], /, {JAX}", "CALL")
     yield from of_functions("jax", JAX)
