@@ -10,7 +10,7 @@ forces = jax.jit(jax.grad(energy, argnums=1))
 """
 
 from interop._convert import jax_to_torch, make_functional, torch_module_to_jax, torch_to_jax
-from interop._decorators import Crossed, as_jax, as_torch, differentiable, jittable
+from interop._decorators import as_jax, as_torch, differentiable, jittable
 from interop._errors import (
     AbstractEvalError,
     ContainerError,
@@ -28,6 +28,7 @@ from interop._errors import (
     UnsupportedError,
 )
 from interop._module_in_torch import WrappedJaxFunction, WrappedJaxScalarFunction
+from interop._types import Crossed, SupportsJax, SupportsTorch
 
 __version__ = "0.1.0"
 
@@ -46,6 +47,8 @@ __all__ = [
     "OptionError",
     "OutputMismatchError",
     "PrecisionError",
+    "SupportsJax",
+    "SupportsTorch",
     "UnsupportedError",
     "WrappedJaxFunction",
     "WrappedJaxScalarFunction",

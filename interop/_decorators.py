@@ -5,26 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any, Protocol, TypeVar, overload
 
-import jax
-import torch
-from typing_extensions import ParamSpec
-
 from interop._crossing import refine
 from interop._errors import OptionError
+from interop._overloads import AsJax, AsTorch
 from interop._side import JAX, TORCH
+from interop._types import Function, typed
 
-P = ParamSpec("P")
-R_co = TypeVar("R_co", covariant=True)
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-class Crossed(Protocol[P, R_co]):
-    """A crossed function: the guest's parameters, taking the host's values; the result in the host's types."""
-
-    @overload
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
-    @overload
-    def __call__(self, *args: Any, **kwargs: Any) -> R_co: ...
+F = TypeVar("F", bound="Function[..., Any]")
 
 
 class _Keep(Protocol):
@@ -33,16 +20,7 @@ class _Keep(Protocol):
     def __call__(self, fn: F, /) -> F: ...
 
 
-@overload
-def as_torch(fn: Callable[P, jax.Array], /) -> Crossed[P, torch.Tensor]: ...
-@overload
-def as_torch(fn: Callable[P, tuple[jax.Array, ...]], /) -> Crossed[P, tuple[torch.Tensor, ...]]: ...
-@overload
-def as_torch(fn: Callable[P, Any], /) -> Crossed[P, Any]: ...
-@overload
-def as_torch(
-    *, static_argnames: str | Collection[str] = ..., jit: bool = ..., signature: Callable[..., Any] | None = ...
-) -> Callable[[Callable[P, Any]], Crossed[P, Any]]: ...
+@typed(AsTorch)
 def as_torch(
     fn: Any = None,
     /,
@@ -92,21 +70,7 @@ def as_torch(
     return _decorate(fn, options)
 
 
-@overload
-def as_jax(fn: Callable[P, torch.Tensor], /) -> Crossed[P, jax.Array]: ...
-@overload
-def as_jax(fn: Callable[P, tuple[torch.Tensor, ...]], /) -> Crossed[P, tuple[jax.Array, ...]]: ...
-@overload
-def as_jax(fn: Callable[P, Any], /) -> Crossed[P, Any]: ...
-@overload
-def as_jax(
-    *,
-    static_argnames: str | Collection[str] = ...,
-    rng: str | None = ...,
-    vmap: str = ...,
-    mutable: bool = ...,
-    signature: Callable[..., Any] | None = ...,
-) -> Callable[[Callable[P, Any]], Crossed[P, Any]]: ...
+@typed(AsJax)
 def as_jax(
     fn: Any = None,
     /,

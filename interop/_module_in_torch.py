@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, overload
 
 import jax
 import torch
+from jax import Array
+from torch import Tensor
+from typing_extensions import ParamSpec, TypeVar, Unpack
 
 from interop._crossing import refine
 from interop._errors import InteropError, LeafError, OptionError
 from interop._leaf import array_to_tensor, copy_to_keep, describe, tensor_of_numpy
 from interop._models import MISSING, Applied, Model, Structure, apart, taken_apart
 from interop._side import TORCH
+from interop._types import Crossed, Names, OfParams, OfParamsAndState, SupportsTorch, Untyped, WrapperOptions
+
+P = ParamSpec("P", default=...)
+R_co = TypeVar("R_co", covariant=True, default=Any)
+Q = ParamSpec("Q")
+T = TypeVar("T")
+K = TypeVar("K")
 
 
-class WrappedJaxFunction(torch.nn.Module):
+class WrappedJaxFunction(torch.nn.Module, Generic[P, R_co]):
     """A JAX function of `(params, *args)` as a module whose parameters are `params`.
 
         module = WrappedJaxFunction(apply, params)
@@ -69,7 +79,104 @@ class WrappedJaxFunction(torch.nn.Module):
     """
 
     _scalar = False
+    __call__: Crossed[P, R_co]  # pyright: ignore[reportIncompatibleMethodOverride] - torch's takes anything
 
+    # The overloads are written by tests/typing/overloads.py
+    @overload
+    def __init__(
+        self: WrappedJaxFunction[Q, Any],
+        jax_function: OfParams[Q, Untyped],
+        jax_params: Any,
+        **options: Unpack[WrapperOptions],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: WrappedJaxFunction[Q, Tensor],
+        jax_function: OfParams[Q, Array],
+        jax_params: Any,
+        **options: Unpack[WrapperOptions],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: WrappedJaxFunction[Q, T],
+        jax_function: OfParams[Q, SupportsTorch[T]],
+        jax_params: Any,
+        **options: Unpack[WrapperOptions],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: WrappedJaxFunction[Q, tuple[Tensor, Tensor]],
+        jax_function: OfParams[Q, tuple[Array, Array]],
+        jax_params: Any,
+        **options: Unpack[WrapperOptions],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: WrappedJaxFunction[Q, tuple[Tensor, dict[K, Tensor]]],
+        jax_function: OfParams[Q, tuple[Array, dict[K, Array]]],
+        jax_params: Any,
+        **options: Unpack[WrapperOptions],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: WrappedJaxFunction[Q, tuple[Tensor, Any]],
+        jax_function: OfParams[Q, tuple[Array, Any]],
+        jax_params: Any,
+        **options: Unpack[WrapperOptions],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: WrappedJaxFunction[Q, Any],
+        jax_function: OfParamsAndState[Q, tuple[Untyped, Any]],
+        jax_params: Any,
+        *,
+        state: Any,
+        **options: Unpack[WrapperOptions],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: WrappedJaxFunction[Q, Tensor],
+        jax_function: OfParamsAndState[Q, tuple[Array, Any]],
+        jax_params: Any,
+        *,
+        state: Any,
+        **options: Unpack[WrapperOptions],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: WrappedJaxFunction[Q, tuple[Tensor, Any]],
+        jax_function: OfParamsAndState[Q, tuple[tuple[Array, Any], Any]],
+        jax_params: Any,
+        *,
+        state: Any,
+        **options: Unpack[WrapperOptions],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: WrappedJaxFunction[Q, Any], jax_function: Callable[Q, Untyped], **options: Unpack[WrapperOptions]
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: WrappedJaxFunction[Q, Tensor], jax_function: Callable[Q, Array], **options: Unpack[WrapperOptions]
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: WrappedJaxFunction[Q, tuple[Tensor, Any]],
+        jax_function: Callable[Q, tuple[Array, Any]],
+        **options: Unpack[WrapperOptions],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: WrappedJaxFunction[..., Any],
+        jax_function: Any,
+        jax_params: Any = ...,
+        has_aux: bool = ...,
+        clone_params: bool = ...,
+        *,
+        state: Any = ...,
+        rngs: Names = ...,
+    ) -> None: ...
+    # end of the overloads
     def __init__(
         self,
         jax_function: Any,
@@ -78,7 +185,7 @@ class WrappedJaxFunction(torch.nn.Module):
         clone_params: bool = True,
         *,
         state: Any = None,
-        rngs: str | Collection[str] = (),
+        rngs: Names = (),
     ) -> None:
         super().__init__()
         function, jax_params, state = taken_apart(jax_function, jax_params, state)
@@ -146,7 +253,7 @@ class WrappedJaxFunction(torch.nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-class WrappedJaxScalarFunction(WrappedJaxFunction):
+class WrappedJaxScalarFunction(WrappedJaxFunction[P, R_co]):
     """The same for a function whose value is one number, a loss; it returns `(value, aux)`.
 
     The gradient is computed with the value, in one call of JAX, and multiplied by the upstream gradient in the
@@ -166,6 +273,102 @@ class WrappedJaxScalarFunction(WrappedJaxFunction):
 
     _scalar = True
 
+    # The overloads are written by tests/typing/overloads.py
+    @overload
+    def __init__(
+        self: WrappedJaxScalarFunction[Q, Any],
+        jax_function: OfParams[Q, Untyped],
+        jax_params: Any,
+        **options: Unpack[WrapperOptions],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: WrappedJaxScalarFunction[Q, Tensor],
+        jax_function: OfParams[Q, Array],
+        jax_params: Any,
+        **options: Unpack[WrapperOptions],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: WrappedJaxScalarFunction[Q, T],
+        jax_function: OfParams[Q, SupportsTorch[T]],
+        jax_params: Any,
+        **options: Unpack[WrapperOptions],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: WrappedJaxScalarFunction[Q, tuple[Tensor, Tensor]],
+        jax_function: OfParams[Q, tuple[Array, Array]],
+        jax_params: Any,
+        **options: Unpack[WrapperOptions],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: WrappedJaxScalarFunction[Q, tuple[Tensor, dict[K, Tensor]]],
+        jax_function: OfParams[Q, tuple[Array, dict[K, Array]]],
+        jax_params: Any,
+        **options: Unpack[WrapperOptions],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: WrappedJaxScalarFunction[Q, tuple[Tensor, Any]],
+        jax_function: OfParams[Q, tuple[Array, Any]],
+        jax_params: Any,
+        **options: Unpack[WrapperOptions],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: WrappedJaxScalarFunction[Q, Any],
+        jax_function: OfParamsAndState[Q, tuple[Untyped, Any]],
+        jax_params: Any,
+        *,
+        state: Any,
+        **options: Unpack[WrapperOptions],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: WrappedJaxScalarFunction[Q, Tensor],
+        jax_function: OfParamsAndState[Q, tuple[Array, Any]],
+        jax_params: Any,
+        *,
+        state: Any,
+        **options: Unpack[WrapperOptions],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: WrappedJaxScalarFunction[Q, tuple[Tensor, Any]],
+        jax_function: OfParamsAndState[Q, tuple[tuple[Array, Any], Any]],
+        jax_params: Any,
+        *,
+        state: Any,
+        **options: Unpack[WrapperOptions],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: WrappedJaxScalarFunction[Q, Any], jax_function: Callable[Q, Untyped], **options: Unpack[WrapperOptions]
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: WrappedJaxScalarFunction[Q, Tensor], jax_function: Callable[Q, Array], **options: Unpack[WrapperOptions]
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: WrappedJaxScalarFunction[Q, tuple[Tensor, Any]],
+        jax_function: Callable[Q, tuple[Array, Any]],
+        **options: Unpack[WrapperOptions],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: WrappedJaxScalarFunction[..., Any],
+        jax_function: Any,
+        jax_params: Any = ...,
+        has_aux: bool = ...,
+        clone_params: bool = ...,
+        *,
+        state: Any = ...,
+        rngs: Names = ...,
+    ) -> None: ...
+    # end of the overloads
     def __init__(
         self,
         jax_function: Any,
@@ -174,12 +377,12 @@ class WrappedJaxScalarFunction(WrappedJaxFunction):
         clone_params: bool = True,
         *,
         state: Any = None,
-        rngs: str | Collection[str] = (),
+        rngs: Names = (),
     ) -> None:
         super().__init__(jax_function, jax_params, has_aux, clone_params, state=state, rngs=rngs)
 
 
-def _named_keys(rngs: str | Collection[str], function: Any) -> str | tuple[str, ...]:
+def _named_keys(rngs: Names, function: Any) -> str | tuple[str, ...]:
     """One key by a keyword of its own name, or the names of streams."""
     names = (rngs,) if isinstance(rngs, str) else tuple(rngs)
     if isinstance(function, Model):

@@ -30,6 +30,8 @@ FACE = {
     "torch_module_to_jax",
     # types
     "Crossed",
+    "SupportsJax",
+    "SupportsTorch",
     # errors
     "AbstractEvalError",
     "ContainerError",
@@ -104,6 +106,8 @@ def test_the_version_is_there() -> None:
 # A file imports only what stands above it, or beside it under the same name.
 ORDER = [
     "_errors",
+    "_types",
+    "_overloads",
     "_private",
     "_threads",
     "_leaf",
