@@ -104,6 +104,7 @@ def test_the_version_is_there() -> None:
 # A file imports only what stands above it, or beside it under the same name.
 ORDER = [
     "_errors",
+    "_log",
     "_private",
     "_threads",
     "_leaf",
