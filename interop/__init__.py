@@ -9,25 +9,32 @@ def energy(params, x):
 forces = jax.jit(jax.grad(energy, argnums=1))
 """
 
-from interop._convert import jax_to_torch, make_functional, torch_module_to_jax, torch_to_jax
-from interop._decorators import Crossed, as_jax, as_torch, differentiable, jittable
-from interop._errors import (
-    AbstractEvalError,
-    ContainerError,
-    DeviceError,
-    ForkError,
-    InteropError,
-    LeafError,
-    NarrowingError,
-    NestedError,
-    NotDifferentiableError,
-    NotJittableError,
-    OptionError,
-    OutputMismatchError,
-    PrecisionError,
-    UnsupportedError,
-)
-from interop._module_in_torch import WrappedJaxFunction, WrappedJaxScalarFunction
+import sys as _sys
+
+try:
+    from interop._convert import jax_to_torch, make_functional, torch_module_to_jax, torch_to_jax
+    from interop._decorators import Crossed, as_jax, as_torch, differentiable, jittable
+    from interop._errors import (
+        AbstractEvalError,
+        ContainerError,
+        DeviceError,
+        ForkError,
+        InteropError,
+        LeafError,
+        NarrowingError,
+        NestedError,
+        NotDifferentiableError,
+        NotJittableError,
+        OptionError,
+        OutputMismatchError,
+        PrecisionError,
+        UnsupportedError,
+    )
+    from interop._module_in_torch import WrappedJaxFunction, WrappedJaxScalarFunction
+except Exception:
+    # Python looks for the module of `python -m interop`, which says what is missing.
+    if _sys.argv[:1] != ["-m"] or "interop" not in _sys.orig_argv:
+        raise
 
 __version__ = "0.1.0"
 

@@ -122,6 +122,7 @@ ORDER = [
     "_convert",
     "_decorators",
     "__init__",
+    "__main__",
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names.split(" | ")}
 
