@@ -30,6 +30,7 @@ try:
         PrecisionError,
         UnsupportedError,
     )
+    from interop._explain import explain
     from interop._module_in_torch import WrappedJaxFunction, WrappedJaxScalarFunction
 except Exception:
     # Python looks for the module of `python -m interop`, which says what is missing.
@@ -59,6 +60,7 @@ __all__ = [
     "as_jax",
     "as_torch",
     "differentiable",
+    "explain",
     "jax_to_torch",
     "jittable",
     "make_functional",

@@ -128,7 +128,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 def interop() -> list[Line]:
     """Whether the library can be imported."""
     try:
-        importlib.import_module("interop._decorators")
+        importlib.import_module("interop._explain")
     except Exception as error:  # noqa: BLE001 - whatever a broken installation raises
         return [Line("interop", "can't be imported", f"{_words(error)}. Install what is missing above")]
     return [Line("interop", importlib.import_module("interop").__version__, FINE)]

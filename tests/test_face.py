@@ -28,6 +28,8 @@ FACE = {
     "WrappedJaxScalarFunction",
     "make_functional",
     "torch_module_to_jax",
+    # reports
+    "explain",
     # types
     "Crossed",
     # errors
@@ -121,6 +123,7 @@ ORDER = [
     "_module_in_torch",
     "_convert",
     "_decorators",
+    "_explain",
     "__init__",
     "__main__",
 ]
