@@ -27,6 +27,7 @@ from interop._errors import (
     PrecisionError,
     UnsupportedError,
 )
+from interop._explain import explain
 from interop._module_in_torch import WrappedJaxFunction, WrappedJaxScalarFunction
 from interop._types import Crossed, SupportsJax, SupportsTorch
 
@@ -55,6 +56,7 @@ __all__ = [
     "as_jax",
     "as_torch",
     "differentiable",
+    "explain",
     "jax_to_torch",
     "jittable",
     "make_functional",

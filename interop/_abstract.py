@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -84,6 +85,27 @@ def infer_torch(flat: Flat, avals: Sequence[Aval]) -> Outputs:
             hint="Declare them: @jittable(example_output=...)",
         ) from error
     return Outputs(found, structure, watch.seen)
+
+
+def kept_words(
+    saved: Sequence[tuple[str, int]], residuals: Sequence[Any], path: Callable[[int], str] | None, structure: Static
+) -> str:
+    """What a backward keeps, in words: inputs and outputs by name, residuals by shape and dtype; the first of many."""
+    words: list[str] = []
+    for origin, i in saved:
+        if origin == "residual":
+            words.append(describe(residuals[i]))
+        elif origin == "output":
+            words.append(f"result{structure.value.path(i) if structure.value else f'[{i}]'}")
+        else:
+            try:
+                words.append(path(i) if path else f"input {i}")
+            except IndexError:  # a cotangent, of a derived function
+                words.append(f"input {i}")
+    counts = collections.Counter(words)
+    every = [word if count == 1 else f"{count} of {word}" for word, count in counts.items()]
+    more = [f"{len(every) - 8} more"] if len(every) > 8 else []
+    return ", ".join([*every[:8], *more]) or "nothing"
 
 
 def narrowed(results: Sequence[Any], promised: Sequence[Aval]) -> tuple[Any, ...]:

@@ -176,14 +176,19 @@ def torch_module_to_jax(model: torch.nn.Module, example_output: Any = None) -> t
         As `make_functional` does.
     """
     apply, params = make_functional(model, example_output=example_output)
-    by_position = functools.update_wrapper(functools.partial(_by_position, apply, tuple(params)), apply)
-    return by_position, tuple(params.values())
+    positional = functools.update_wrapper(functools.partial(by_position, apply, tuple(params)), apply)
+    return positional, tuple(params.values())
 
 
-def _by_position(apply: Any, names: tuple[str, ...], params: Sequence[Any], /, *args: Any, **kwargs: Any) -> Any:
+def by_position(apply: Any, names: tuple[str, ...], params: Sequence[Any], /, *args: Any, **kwargs: Any) -> Any:
+    return apply(by_name(names, params), *args, **kwargs)
+
+
+def by_name(names: tuple[str, ...], params: Sequence[Any]) -> dict[str, Any]:
+    """The parameters that were given by their position; what is missing has a name where they arrive."""
     if len(params) > len(names):
         raise LeafError(f"the module has {len(names)} parameters", got=f"{len(params)}")
-    return apply(dict(zip(names, params, strict=False)), *args, **kwargs)  # what is missing has a name there
+    return dict(zip(names, params, strict=False))
 
 
 def _parameters_of(module: torch.nn.Module) -> dict[str, jax.Array]:

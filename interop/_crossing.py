@@ -6,6 +6,7 @@ can't matter.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import importlib
@@ -16,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.core
 import numpy as np
 import torch
 import torch.utils._pytree as torch_pytree
@@ -29,15 +31,19 @@ from interop._leaf import (
     array_of_numpy,
     array_to_tensor,
     describe,
+    refuse_foreign,
     tensor_of_numpy,
     tensor_to_array,
     too_large,
     torch_dtype,
+    why_copied,
     x64_enabled,
 )
 from interop._located import dump_spec, find, load_spec, locate, look_up
+from interop._log import is_heard, tell
 from interop._marshal import SINGLE_TENSOR, Kind, Marshaller, Spec, Tree, find_closed_over, flatten
 from interop._module_in_jax import ClosedOver, ModuleFunction
+from interop._private import torch as torch_private
 from interop._side import JAX, TORCH, Leaf, Leaves, Side
 from interop._signature import signature_of, translate_signature, with_key
 
@@ -88,7 +94,7 @@ class Record:
             return ModuleFunction(self.fn, mutable=self.mutable)
         if self.mutable:
             error = OptionError("mutable=True: only a module has buffers", expected="an nn.Module")
-            raise _located(error, self.name)
+            raise located(error, self.name)
         return self.fn
 
     @functools.cached_property
@@ -137,18 +143,18 @@ class Entry:
         spec: Spec | None = None
         leaves: list[Leaf] = []
         try:
-            key = [] if self.rng is None else self._key(kwargs)
+            key = [] if self.rng is None else self.key(kwargs)
             leaves, spec = self.flatten_call(args, kwargs)
             flat = spec.memo.get("direct")
             if flat is None or key:
                 return self._call(leaves, spec, key)
             return self.engine_call(flat, leaves)
         except InteropError as error:
-            raise _located(error, self.record.name, spec) from error.__cause__
+            raise located(error, self.record.name, spec) from error.__cause__
         except OverflowError as error:
             raise self._number_too_large(leaves, spec, error) from None
 
-    def _key(self, kwargs: dict[str, Any]) -> list[Leaf]:
+    def key(self, kwargs: dict[str, Any]) -> list[Leaf]:
         """The data of the key among the arguments, which is taken out of them."""
         name = str(self.rng)
         if name not in kwargs:
@@ -156,44 +162,68 @@ class Entry:
         return [_key_data(kwargs.pop(name), name)]
 
     def _call(self, leaves: list[Leaf], spec: Spec, key: list[Leaf]) -> Any:
-        """A call with a key, with leaves that need converting, or with numbers that have to be constants."""
+        """A first call, or one with a key, leaves that need converting, or numbers that have to be constants."""
         kinds = set(spec.kinds)
-        impls: tuple[str | None, ...] = ()
+        has_numbers = Kind.NUMBER in kinds
+        if "met" not in spec.memo:
+            spec.memo["met"] = True
+            if is_heard():
+                self._tell_copies(leaves, spec)
         if kinds <= {self.own} and not key:
-            flat = spec.memo["direct"] = self.flat(spec)
+            flat = spec.memo["direct"] = self.flat_of(spec, ())
             return self.engine_call(flat, leaves)
+        impls: tuple[str | None, ...] = ()
         if not kinds <= {self.own, Kind.NUMBER}:
-            leaves, impls = self._converted(leaves, spec)
-        if Kind.NUMBER not in kinds or not self.bakes_numbers:
-            flat = _bounded(spec.memo, ("flat", impls), lambda: self.flat(spec, impls=impls))
+            leaves, impls = self.converted(leaves, spec)
+        if not has_numbers or not self.bakes_numbers:
             try:
-                return self.engine_call(flat, [*leaves, *key])
+                return self.engine_call(self.flat_of(spec, impls), [*leaves, *key])
             except (TypeError, ValueError, IndexError) as error:
-                if Kind.NUMBER not in kinds or not _needs_value(error):
+                if not has_numbers or not needs_value(error):
                     raise
-        result = self._call_baked(leaves, spec, impls, key)
+                tell(self.record.name, "fell back on numbers as constants (%s)", type(error).__name__)
+        flat, leaves = self.baked(leaves, spec, impls)
+        result = self.engine_call(flat, [*leaves, *key])
         self.bakes_numbers = True  # remembered because it helped: any other error is the user's
         return result
 
-    def _converted(self, leaves: list[Leaf], spec: Spec) -> tuple[list[Leaf], tuple[str | None, ...]]:
+    def _tell_copies(self, leaves: list[Leaf], spec: Spec) -> None:
+        """Tell which of the leaves of a call are copied; all arguments of a torch function are."""
+        if self.host is JAX:
+            return
+        with contextlib.suppress(InteropError):  # the call itself will raise it
+            x64 = in_64_bits(self.converted(leaves, spec)[0])
+            for index, (leaf, kind) in enumerate(zip(leaves, spec.kinds, strict=True)):
+                how, why = crosses(self.record, leaf, kind, index, x64=x64)
+                if how == "copied":
+                    tell(self.record.name, "%s %s is copied: %s", spec.path(index), describe(leaf), why)
+
+    def flat_of(self, spec: Spec, impls: tuple[str | None, ...]) -> Flat:
+        """The function of one structure of call, with dynamic numbers."""
+        found: Flat = _bounded(spec.memo, ("flat", impls), lambda: self.flat(spec, impls=impls))
+        return found
+
+    def converted(self, leaves: list[Leaf], spec: Spec) -> tuple[list[Leaf], tuple[str | None, ...]]:
         """The leaves as the host's own (arrays of the guest, of numpy, keys), and the implementations of the keys."""
+        if not set(spec.kinds) - {self.own, Kind.NUMBER}:
+            return leaves, ()
         pairs = list(zip(leaves, spec.kinds, strict=True))
         impls = tuple(str(jax.random.key_impl(leaf)) if kind is Kind.KEY else None for leaf, kind in pairs)
         return [_given(self.host, leaf, kind, index) for index, (leaf, kind) in enumerate(pairs)], impls
 
-    def _call_baked(self, leaves: list[Leaf], spec: Spec, impls: tuple[str | None, ...], key: list[Leaf]) -> Any:
-        """A call whose Python numbers are constants of the flat function."""
+    def baked(self, leaves: list[Leaf], spec: Spec, impls: tuple[str | None, ...]) -> tuple[Flat, list[Leaf]]:
+        """The function of one structure of call with its Python numbers as constants, and the other leaves."""
         pairs = list(zip(leaves, spec.kinds, strict=True))
         numbers = tuple(_concrete(leaf) for leaf, kind in pairs if kind is Kind.NUMBER)
         rest = [leaf for leaf, kind in pairs if kind is not Kind.NUMBER]
         memo = ("baked", tuple((type(n), repr(n)) for n in numbers), impls)
-        return self.engine_call(_bounded(spec.memo, memo, lambda: self.flat(spec, numbers, impls)), [*rest, *key])
+        return _bounded(spec.memo, memo, lambda: self.flat(spec, numbers, impls)), rest
 
     def _number_too_large(self, leaves: list[Leaf], spec: Any, error: OverflowError) -> OverflowError:
         """JAX's refusal of a Python integer in the words of the library; any other error is the user's."""
         for index, kind in enumerate(spec.kinds):
             if kind is Kind.NUMBER and not x64_enabled() and _is_wide(leaves[index]):
-                return _located(too_large(leaves[index]).at(index), self.record.name, spec)  # type: ignore[return-value]
+                return located(too_large(leaves[index]).at(index), self.record.name, spec)  # type: ignore[return-value]
         return error
 
     def flat(self, spec: Spec, numbers: tuple[Any, ...] | None = None, impls: tuple[str | None, ...] = ()) -> Flat:
@@ -252,7 +282,7 @@ def _located_call(record: Record, spec: Spec, numbers: Any, impls: Any) -> dict[
             "impls": impls,
         }
     except InteropError as error:
-        raise _located(error, record.name) from error.__cause__
+        raise located(error, record.name) from error.__cause__
 
 
 _EXPORTED = ("differentiable", "jittable", "nondiff_argnames", "static_argnames")
@@ -291,9 +321,12 @@ def _is_wide(number: complex) -> bool:
     return isinstance(number, int) and not -(2**31) <= number < 2**31
 
 
-def _needs_value(error: Exception) -> bool:
+def needs_value(error: Exception) -> bool:
     """Whether a trace failed for the want of a number's value: a shape, a branch, a member of a set."""
-    return isinstance(error, _NEEDS_VALUE) or any(word in str(error) for word in ("Tracer", "concrete", "static"))
+    said = isinstance(error, TypeError | ValueError | IndexError)
+    return isinstance(error, _NEEDS_VALUE) or (
+        said and any(word in str(error) for word in ("Tracer", "concrete", "static"))
+    )
 
 
 def _bounded(memo: dict[Any, Any], key: Any, make: Callable[[], Any], capacity: int = 64) -> Any:
@@ -322,6 +355,40 @@ def _keys_wrapped(leaves: Leaves, impls: tuple[str | None, ...]) -> Leaves:
     return tuple(
         jax.random.wrap_key_data(leaf, impl=impl) if impl else leaf for leaf, impl in zip(leaves, impls, strict=True)
     )
+
+
+def in_64_bits(given: Sequence[Leaf]) -> bool:
+    """Whether a JAX function of these leaves, as torch has them, runs in 64 bits."""
+    return _in_torch.in_64_bits([x for x in given if isinstance(x, torch.Tensor)])
+
+
+def crosses(record: Record, leaf: Leaf, kind: Kind, index: int, *, x64: bool) -> tuple[str, str]:
+    """How a leaf of a call crosses ("shared", "copied", "converted", "traced"), and why; what is refused, raises."""
+    given = _given(record.host or TORCH, leaf, kind, index)
+    if kind is Kind.NUMBER:
+        return ("converted", "a traced number") if record.host is TORCH else ("static", "a number, given as it is")
+    if isinstance(leaf, jax.core.Tracer) or (kind is Kind.TENSOR and torch_private.is_traced(leaf)):
+        return "traced", "it has no values yet"
+    if record.host is JAX:
+        array_to_tensor(given)  # it raises
+        return "copied", _spread(leaf) or _FOREIGN.get(kind, "the function may write to it")
+    if kind is Kind.NUMPY:
+        return "copied", "numpy's memory is the user's to write"
+    if kind is Kind.KEY:
+        return "converted", "to its data, and typed again"
+    why = _spread(leaf) or why_copied(refuse_foreign(given), x64=x64)
+    if why is None and not record.jit:
+        why = "a function that is not traced may keep it"
+    return ("copied", why) if why else ("shared", "an array already" if kind is Kind.ARRAY else "")
+
+
+def _spread(leaf: Leaf) -> str | None:
+    """Why an array on several devices is copied."""
+    count = len(leaf.sharding.device_set) if isinstance(leaf, jax.Array) else 1
+    return f"it is gathered from {count} devices" if count > 1 else None
+
+
+_FOREIGN = {Kind.TENSOR: "a tensor, of which the value crosses", Kind.NUMPY: "numpy's memory is the user's to write"}
 
 
 def _given(host: Side, leaf: Leaf, kind: Kind, index: int) -> Leaf:
@@ -414,7 +481,7 @@ def _struct_opened(leaf: Any) -> Any:
     return leaf
 
 
-def _located(error: InteropError, name: str, spec: Spec | None = None) -> InteropError:
+def located(error: InteropError, name: str, spec: Spec | None = None) -> InteropError:
     """The error with the function and the path of the argument filled in, once."""
     error.function = error.function or name
     if error.argument is None and error.leaf is not None and spec is not None:
@@ -429,10 +496,10 @@ def _check_argnames(record: Record, signature: inspect.Signature) -> None:
         unknown = [name for name in getattr(record, option) if name not in signature.parameters and not has_kwargs]
         if unknown:
             error = OptionError(f"{option} names {unknown[0]!r}, which is no parameter", expected=_bare(signature))
-            raise _located(error, record.name)
+            raise located(error, record.name)
     if record.rng in signature.parameters:
         error = OptionError(f"rng names {record.rng!r}, which is a parameter already", expected="a name of its own")
-        raise _located(error, record.name)
+        raise located(error, record.name)
 
 
 def _bare(signature: inspect.Signature) -> str:
@@ -545,7 +612,7 @@ class Crossing(_Signed, wrapt.FunctionWrapper):  # type: ignore[misc, type-arg]
 
     def __prepare_scriptable__(self) -> Any:
         error = UnsupportedError("torch.jit.script has no words for a JAX function", hint="Use torch.export")
-        raise _located(error, self._self_record.name)
+        raise located(error, self._self_record.name)
 
     def __copy__(self) -> Crossing:
         return Crossing(self._self_record)
@@ -603,6 +670,19 @@ class _Method:
         """Call the function bound to the first argument."""
         instance, *rest = args
         return self.crossing._self_bound(instance).flat_call(tuple(rest), kwargs)
+
+
+def entry_of(crossing: Any, args: tuple[Any, ...]) -> tuple[Entry | None, tuple[Any, ...]]:
+    """The entry that a call of a crossing runs, and its arguments there; None for what was never crossed."""
+    entry: Any = None
+    if isinstance(crossing, BoundCrossing):
+        instance = crossing._self_instance
+        if instance is None and args:
+            instance, args = args[0], args[1:]
+        entry = crossing._self_parent._self_bound(instance)
+    elif isinstance(crossing, Crossing):
+        entry = crossing._self_entry
+    return (entry.entry, (entry.instance, *args)) if isinstance(entry, _Opened) else (entry, args)
 
 
 def _unused(*_: Any) -> Any:

@@ -15,6 +15,7 @@ from typing import Any, Self, TypeAlias, TypeVar
 import jax
 
 from interop._errors import InteropError
+from interop._log import tell_time
 from interop._side import Leaf, Leaves, Side
 
 FlatFn: TypeAlias = "Callable[..., tuple[Leaves, Static]]"
@@ -110,6 +111,11 @@ class Flat:
             with contextlib.suppress(IndexError):  # a cotangent or a residual is no argument
                 error.argument = self.path(error.leaf)
         return error
+
+    def tell_time(self, what: str, seconds: float) -> None:
+        """Tell how long something took that is done once for each set of shapes; a long time aloud, but once."""
+        if tell_time(self.name, what, seconds, loudly="took long" not in self.memos):
+            self.memos["took long"] = True
 
     def derived(self, kind: str, fn: FlatFn) -> Self:
         """A function derived from this one."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -108,6 +108,16 @@ def describe(leaf: Any) -> str:
     return f"{short}[{','.join(map(str, shape))}]"
 
 
+class Words:
+    """Leaves as they are described, once somebody wants to read it."""
+
+    def __init__(self, leaves: Sequence[Any]) -> None:
+        self.leaves = leaves
+
+    def __str__(self) -> str:
+        return f"({', '.join(map(describe, self.leaves))})"
+
+
 # --- devices ----------------------------------------------------------------------------------------------------------
 
 _DEVICES: dict[torch.device, Any] = {}
@@ -183,7 +193,7 @@ def tensor_to_array(t: torch.Tensor, *, x64: bool = False) -> jax.Array:
         or not t.is_contiguous()
         or t.data_ptr() & 63
     ):
-        t = _dense(resolve(t), x64=x64)
+        t = _dense(refuse_foreign(t), x64=x64)
     return import_tensor(t.detach())
 
 
@@ -264,6 +274,11 @@ def argument_of(t: torch.Tensor, *, x64: bool) -> Any:
 
 def resolve(t: torch.Tensor) -> torch.Tensor:
     """The tensor itself with its lazy bits applied; raises `LeafError` for one whose memory is not its value."""
+    return refuse_foreign(t).resolve_conj().resolve_neg()
+
+
+def refuse_foreign(t: torch.Tensor) -> torch.Tensor:
+    """The tensor itself; raises `LeafError` for one whose memory is not its value, even with its lazy bits applied."""
     if type(t) not in PLAIN:
         raise LeafError(f"a tensor of type {type(t).__module__}.{type(t).__qualname__} can't cross", hint=_way_out(t))
     if t.is_nested:
@@ -273,7 +288,7 @@ def resolve(t: torch.Tensor) -> torch.Tensor:
     if t.is_meta:
         raise LeafError("a tensor on the 'meta' device has no values", hint="Materialise it with to_empty()")
     jax_dtype(t.dtype, x64=True)
-    return t.resolve_conj().resolve_neg()
+    return t
 
 
 def _way_out(t: torch.Tensor) -> str:
@@ -283,14 +298,16 @@ def _way_out(t: torch.Tensor) -> str:
 
 
 def _dense(t: torch.Tensor, *, x64: bool) -> torch.Tensor:
-    """Contiguous, 64-byte aligned, and of a dtype that JAX keeps.
+    """Contiguous, 64-byte aligned, and of a dtype that JAX keeps."""
+    for _, applies, copied in _COPIES:
+        if applies(t, x64):
+            t = copied(t)
+    return t
 
-    Unaligned memory is copied here: JAX would copy it too, but only after the call has returned.
-    """
-    if t.dtype in WIDE_INTS and not x64:
-        t = narrow(t)
-    t = t.contiguous()
-    return t.clone() if t.data_ptr() & 63 else t
+
+def why_copied(t: torch.Tensor, *, x64: bool) -> str | None:
+    """Why a tensor does not share its memory in a crossing; None where it does."""
+    return next((why for why, applies, _ in _COPIES if applies(t, x64)), None)
 
 
 def narrow(t: torch.Tensor) -> torch.Tensor:
@@ -306,6 +323,17 @@ def narrow(t: torch.Tensor) -> torch.Tensor:
             hint="JAX keeps 32 bits: set jax.config.update('jax_enable_x64', True)",
         )
     return small
+
+
+# Why a tensor is copied on its way into a crossing, when that applies, and the copy; in this order.
+_COPIES: tuple[tuple[str, Callable[[torch.Tensor, bool], bool], Callable[[torch.Tensor], torch.Tensor]], ...] = (
+    ("it is a conjugated view", lambda t, _: t.is_conj(), torch.Tensor.resolve_conj),
+    ("it is a negated view", lambda t, _: t.is_neg(), torch.Tensor.resolve_neg),
+    ("64-bit integers go in 32 bits", lambda t, x64: not x64 and t.dtype in WIDE_INTS, narrow),
+    ("it is not contiguous", lambda t, _: not t.is_contiguous(), torch.Tensor.contiguous),
+    # JAX would copy it too, but only after the call has returned.
+    ("its memory is not aligned to 64 bytes", lambda t, _: t.data_ptr() & 63 != 0, torch.Tensor.clone),
+)
 
 
 def too_large(number: int) -> NarrowingError:

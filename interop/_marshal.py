@@ -511,8 +511,12 @@ class Tree:
 
     def routes(self) -> list[tuple[str, ...]]:
         """The same in its parts, one for each container."""
-        found: list[tuple[str, ...]] = []
-        _walk_routes(iter(self.tokens), (), found)
+        return [route for route, token in self.places() if type(token) is Kind]
+
+    def places(self) -> list[tuple[tuple[str, ...], Kind | StaticLeaf]]:
+        """Where each leaf is, static ones too, in its parts; and what it is."""
+        found: list[tuple[tuple[str, ...], Kind | StaticLeaf]] = []
+        _walk_places(iter(self.tokens), (), found)
         return found
 
 
@@ -525,13 +529,13 @@ def _build(tokens: Iterator[Any], leaves: Iterator[Any]) -> Any:
     return token.build([_build(tokens, leaves) for _ in token.names])
 
 
-def _walk_routes(tokens: Iterator[Any], route: tuple[str, ...], found: list[tuple[str, ...]]) -> None:
+def _walk_places(tokens: Iterator[Any], route: tuple[str, ...], found: list[Any]) -> None:
     token = next(tokens)
-    if type(token) is Kind:
-        found.append(route)
-    elif type(token) is Container:
+    if type(token) is Container:
         for name in token.names:
-            _walk_routes(tokens, (*route, name), found)
+            _walk_places(tokens, (*route, name), found)
+    else:
+        found.append((route, token))
 
 
 def flatten(tree: object, *, numbers_static: bool = False) -> tuple[list[Any], Tree]:

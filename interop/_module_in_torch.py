@@ -203,18 +203,36 @@ class WrappedJaxFunction(torch.nn.Module, Generic[P, R_co]):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The function of the parameters and these arguments."""
+        held, kwargs = self._own(len(args), kwargs)
         if not self._function.has_modes:
-            return self._crossed(self.params.read(), *args, **kwargs)
+            return self._crossed(held, *args, **kwargs)
+        out, new = self._crossed(held, *args, **kwargs)
+        if self.training and self.state:
+            self.state.write(new)
+        return out
+
+    def _own(self, count: int, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """What the module gives its function, and the keywords of a call with `count` arguments, its modes in them."""
+        if not self._function.has_modes:
+            return self.params.read(), kwargs
         for flag, in_training in self._function.flags.items():
-            if flag not in kwargs and len(args) <= self._function.places.get(flag, len(args)):
+            if flag not in kwargs and count <= self._function.places.get(flag, count):
                 kwargs[flag] = self.training is in_training
         state = self.state.read() if self.state else []
         if self.training:
             state = [x.clone() for x in state]  # the buffers are written to before a backward reads what it keeps
-        out, new = self._crossed((self.params.read(), state, self._seeds()), *args, **kwargs)
-        if self.training and self.state:
-            self.state.write(new)
-        return out
+        return (self.params.read(), state, self._seeds()), kwargs
+
+    def _own_named(self, count: int, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[int, str]]:
+        """The same, with the names of what the module gives, by identity."""
+        own, kwargs = self._own(count, kwargs)
+        params, state, seeds = own if self._function.has_modes else (own, [], None)
+        names = {f"rngs[{name!r}]": seed for name, seed in (seeds or {}).items()}
+        arrays: Any
+        for arrays, leaves in ((self.params, params), (self.state, state)):
+            if arrays is not None:
+                names |= {f"{arrays._label}.{n}": leaf for n, leaf in zip(arrays._structure.names, leaves, strict=True)}
+        return own, kwargs, {id(leaf): name for name, leaf in names.items()}
 
     def _seeds(self) -> dict[str, torch.Tensor] | None:
         """What the random keys of a call are made of, drawn from torch's generator."""

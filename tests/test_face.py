@@ -28,6 +28,8 @@ FACE = {
     "WrappedJaxScalarFunction",
     "make_functional",
     "torch_module_to_jax",
+    # reports
+    "explain",
     # types
     "Crossed",
     "SupportsJax",
@@ -108,6 +110,7 @@ ORDER = [
     "_errors",
     "_types",
     "_overloads",
+    "_log",
     "_private",
     "_threads",
     "_leaf",
@@ -124,7 +127,9 @@ ORDER = [
     "_module_in_torch",
     "_convert",
     "_decorators",
+    "_explain",
     "__init__",
+    "__main__",
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names.split(" | ")}
 

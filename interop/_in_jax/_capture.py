@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import operator
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,18 +20,17 @@ import torch
 import torch.fx
 import torch.utils._pytree as torch_pytree
 
-from interop._abstract import Aval
+from interop._abstract import Aval, kept_words
 from interop._derive import NOTHING, Levels, Mask, Static
 from interop._errors import InteropError
 from interop._in_jax._flat import TorchFlat
 from interop._in_jax._graph import Graph, ancestors, compiled, simplify
 from interop._in_jax._random import seeding
 from interop._leaf import TORCH_OF, WIDE_FLOATS, jax_dtype, traced_device, x64_enabled
+from interop._log import tell
 from interop._private import jax as jax_private
 from interop._private import torch as torch_private
 from interop._side import TORCH, Leaf, Leaves
-
-_log = logging.getLogger("interop")
 
 _ATEN = torch.ops.aten
 
@@ -99,27 +98,32 @@ jax_private.weak_in_caches(Capture)  # else it would keep alive what nobody has 
 
 def capture(flat: TorchFlat, avals: tuple[Aval, ...], active: Mask) -> Capture | None:
     """The captured gradient with respect to the active inputs; None where it has to be recomputed."""
+    found = capture_or_reason(flat, avals, active)
+    return found if isinstance(found, Capture) else None
+
+
+def capture_or_reason(flat: TorchFlat, avals: tuple[Aval, ...], active: Mask) -> Capture | str:
+    """The same, or why it has to be recomputed."""
     key = ("capture", avals, active, x64_enabled())
-    found: list[Capture | None] = flat.memo(key, lambda: [_try_capture(flat, avals, active)])
-    return found[0]
+    return flat.memo(key, lambda: _try_capture(flat, avals, active))
 
 
-def _try_capture(flat: TorchFlat, avals: tuple[Aval, ...], active: Mask) -> Capture | None:
+def _try_capture(flat: TorchFlat, avals: tuple[Aval, ...], active: Mask) -> Capture | str:
+    start = time.perf_counter()
     try:
         # In inference mode nothing is recorded, and every gradient would be zero; anomaly mode looks at values.
         anomalies = torch.autograd.set_detect_anomaly(mode=False)
         with torch.inference_mode(mode=False), anomalies, torch_private.everything_is_saved():
-            return _capture(flat, avals, active)
+            found = _capture(flat, avals, active)
     except Exception as error:
         if flat.levels.example_output is None and _is_of_the_user(error):
             raise
-        _log.debug(
-            "%s: gradient recomputed, not captured (%s: %s)",
-            flat.name,
-            type(error).__name__,
-            str(error).partition("\n")[0],
-        )
-        return None
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        tell(flat.name, "gradient recomputed, not captured (%s)", reason)
+        return reason
+    kept = kept_words(found.saved, found.residuals, flat.path, flat.outputs(avals).structure)
+    flat.tell_time(f"gradient captured (kept for it: {kept})", time.perf_counter() - start)
+    return found
 
 
 def _is_of_the_user(error: BaseException) -> bool:

@@ -34,6 +34,7 @@ from interop._leaf import (
     SMALL,
     WIDE_FLOATS,
     WIDE_INTS,
+    Words,
     array_to_tensor,
     copy_tensor,
     describe,
@@ -45,6 +46,7 @@ from interop._leaf import (
     view_of,
     x64_enabled,
 )
+from interop._log import tell
 from interop._private import jax as jax_private
 from interop._private import torch as torch_private
 from interop._side import Leaf, Leaves
@@ -116,7 +118,11 @@ class TorchFlat(Flat):
 
     def _outputs(self, avals: tuple[Aval, ...]) -> Outputs:
         promised: Callable[[Sequence[Aval]], Outputs] | None = self.known or self.levels.example_output
-        found = promised(avals) if promised else infer_torch(self, avals)
+        if promised:
+            found = promised(avals)
+        else:
+            tell(self.name, "traced for %s", Words(avals))
+            found = infer_torch(self, avals)
         kept: list[Aval] = []
         for index, aval in enumerate(found.avals):
             try:

@@ -6,7 +6,6 @@ another thread never sees another kernel.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,11 +17,10 @@ from torch.overrides import TorchFunctionMode
 from interop._derive import NOTHING, Flat, FlatFn, Mask, Static, inexact_part, pick
 from interop._errors import AbstractEvalError, InteropError
 from interop._in_jax._random import refused
+from interop._log import tell
 from interop._private import torch as torch_private
 from interop._side import TORCH, Leaf, Leaves
 from interop._threads import TAKING_TURNS
-
-_log = logging.getLogger("interop")
 
 
 def first_that_runs(name: str, *ways: FlatFn) -> FlatFn:
@@ -37,7 +35,7 @@ def first_that_runs(name: str, *ways: FlatFn) -> FlatFn:
             except InteropError:
                 raise
             except Exception as error:  # noqa: BLE001 - whatever torch says of a missing rule; the user's error comes again
-                _log.debug("%s: another way is tried (%s: %s)", name, type(error).__name__, error)
+                tell(name, "fell back on another way (%s: %s)", type(error).__name__, error)
             else:
                 first = index
                 return result

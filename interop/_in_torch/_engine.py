@@ -33,6 +33,7 @@ from interop._leaf import (
     too_large,
     view_of,
 )
+from interop._log import tell
 from interop._private import jax as jax_private
 from interop._private import torch as torch_private
 from interop._side import Leaf, Leaves
@@ -119,7 +120,7 @@ def _call_transformed(flat: JaxFlat, leaves: Sequence[Leaf]) -> _Result:
 def _call_differentiated(flat: JaxFlat, leaves: Sequence[Leaf], arrays: list[Any]) -> _Result:
     """Call the function under autograd; the arrays have the values of the leaves."""
     if not flat.levels.differentiable or flat.nondiff:
-        check_differentiable(flat, [type(x) not in _NUMBERS and x.requires_grad for x in leaves])
+        check_differentiable(flat, asked(leaves))
     if _saved_tensors_are_watched():
         return _call_op(flat, leaves, _Traced)
     if flat.effectful:
@@ -133,8 +134,14 @@ def _call_differentiated(flat: JaxFlat, leaves: Sequence[Leaf], arrays: list[Any
     return outs, running[2]
 
 
+def asked(leaves: Sequence[Leaf]) -> Mask:
+    """The leaves that a derivative is asked in."""
+    return tuple(_is_grad_enabled() and type(x) not in _NUMBERS and x.requires_grad for x in leaves)
+
+
 def _call_effectful(flat: JaxFlat, leaves: Sequence[Leaf]) -> _Result:
     """Call a function with effects where a derivative is asked, or a graph is made: they happen once, on their own."""
+    tell(flat.name, "fell back on two programs, one for its effects, and one for the rest")
     plain = [x if type(x) in _NUMBERS else x.detach() for x in leaves]
     answers, _ = call(flat.recording(), plain)
     return call(flat.replaying((len(leaves),)), [*leaves, *answers])
@@ -149,7 +156,7 @@ def _call_carefully(flat: JaxFlat, leaves: Sequence[Leaf]) -> _Result:
         return _call_op(flat, leaves, _Traced)
     if any(map(_is_legacy_batched, tensors)):
         return _call_legacy_batched(flat, leaves)
-    if any(t.dtype in WIDE_FLOATS for t in tensors):
+    if in_64_bits(tensors):
         flat = flat.wide()
     arrays = arrays_of(leaves, x64=flat.x64)
     if _is_grad_enabled() and any(t.requires_grad for t in tensors):
@@ -164,6 +171,11 @@ def _call_legacy_batched(flat: JaxFlat, leaves: Sequence[Leaf]) -> _Result:
     plain = [torch_private.unbatch(x) if b else x for x, b in zip(leaves, batched, strict=True)]
     outs, structure = call(flat.vmap(tuple(0 if b else None for b in batched)), plain)
     return [torch_private.batch(out) for out in outs], structure
+
+
+def in_64_bits(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether a function of these tensors runs in 64 bits: where JAX keeps them, or a float has them."""
+    return _config.jax_enable_x64 or any(t.dtype in WIDE_FLOATS for t in tensors)
 
 
 def evaluate(flat: JaxFlat, arrays: Sequence[Any]) -> tuple[Leaves, Static]:
@@ -186,6 +198,8 @@ def run(flat: JaxFlat, arrays: Sequence[Any]) -> tuple[Leaves, Static]:
         # A crossing is meant; that it goes through numpy is our affair.
         with jax.transfer_guard_host_to_device("allow"):
             found = flat.jitted(*arrays)
+    if flat.since is not None:
+        flat.tell_compiled()
     if not found[0]:
         jax.effects_barrier()  # no output to wait for, and the caller may write to the inputs next
     return found
@@ -446,14 +460,7 @@ def _call_op(flat: JaxFlat, leaves: Sequence[Leaf], function: Any) -> _Result:
     """Call through the op: numbers become tensors, and the structure is found without values."""
     if _is_tracing():
         raise UnsupportedError("torch.jit.trace sees nothing of a JAX function", hint="Use torch.export")
-    is_number = tuple(type(leaf) in _NUMBERS for leaf in leaves)
-    given = [leaf for leaf in leaves if type(leaf) not in _NUMBERS]
-    if any(x.dtype in WIDE_FLOATS for x in given):
-        flat = flat.wide()
-    traced = next(filter(torch_private.is_traced, given), None)
-    device = given[0].device if given else _CPU
-    tensors = [_lift(x, traced, device, x64=flat.x64) if n else x for x, n in zip(leaves, is_number, strict=True)]
-    flat = flat.lifted(is_number)
+    flat, tensors = lifted(flat, leaves)
     if _dispatch_modes() and not torch_private.is_compiled():
         FLATS.keep(flat.name_of_op, flat)
     if flat.levels.jit and not flat.records and shaped(flat, tensors).effects:
@@ -464,6 +471,23 @@ def _call_op(flat: JaxFlat, leaves: Sequence[Leaf], function: Any) -> _Result:
     outs = jax_call(tensors, flat.exported_name()) if exporting else function.apply(flat, *tensors)
     ran = RAN.structures.pop(flat, None)  # where it ran, it has said what it returned
     return list(outs), (ran or shaped(flat, tensors).structure).value
+
+
+def lifted(flat: JaxFlat, leaves: Sequence[Leaf]) -> tuple[JaxFlat, list[torch.Tensor]]:
+    """The function in the width of its leaves, of tensors alone."""
+    is_number = tuple(type(leaf) in _NUMBERS for leaf in leaves)
+    given = [leaf for leaf in leaves if type(leaf) not in _NUMBERS]
+    if in_64_bits(given):
+        flat = flat.wide()
+    traced = next(filter(torch_private.is_traced, given), None)
+    device = given[0].device if given else _CPU
+    tensors: list[torch.Tensor] = []
+    for index, leaf in enumerate(leaves):
+        try:
+            tensors.append(_lift(leaf, traced, device, x64=flat.x64) if is_number[index] else leaf)
+        except InteropError as error:
+            raise error.at(index)  # noqa: B904 - the same error, located
+    return flat.lifted(is_number), tensors
 
 
 def _refuse(leaves: Sequence[Leaf]) -> None:

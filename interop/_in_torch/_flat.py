@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import threading
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -20,7 +21,8 @@ from interop._abstract import Aval, Outputs, infer_jax
 from interop._derive import Axes, Flat, FlatFn, Mask, Static, fill, join, pick
 from interop._errors import AbstractEvalError, UnsupportedError
 from interop._in_torch._effects import record, replay
-from interop._leaf import copy_tensor
+from interop._leaf import Words, copy_tensor
+from interop._log import tell
 from interop._private import jax as jax_private
 from interop._side import Leaf, Leaves
 
@@ -105,6 +107,7 @@ class JaxFlat(Flat):
         records: whether it is there for its effects.
         effectful: whether it is known to have effects; found out when it is first traced for a derivative.
         name_of_op: the name that the op calls it by in this process.
+        since: when the trace began that is being compiled; None but in a call that traces.
         jitted: the compiled function; `jax.jit` keeps one program per shapes and dtypes. For `as_torch(jit=False)`, the
             function itself, on values of its own.
     """
@@ -116,6 +119,7 @@ class JaxFlat(Flat):
     records: bool = False
     effectful: bool = field(default=False, init=False)
     name_of_op: str = field(init=False)
+    since: float | None = field(default=None, init=False)
     jitted: Callable[..., tuple[Leaves, Static]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -164,7 +168,19 @@ class JaxFlat(Flat):
         if _config.jax_disable_jit:  # residuals are told apart in a trace: there has to be one
             with jax.disable_jit(False):
                 return self.jitted(*leaves)
-        return self.fn(*leaves)
+        tell(self.name, "traced for %s", Words(leaves))
+        self.since = time.perf_counter()
+        try:
+            return self.fn(*leaves)
+        except BaseException:
+            self.since = None
+            raise
+
+    def tell_compiled(self) -> None:
+        """Tell of the trace and the compilation that the call has just had."""
+        since, self.since = self.since, None
+        if since is not None:  # another thread may have told
+            self.tell_time("traced and compiled", time.perf_counter() - since)
 
     def _run(self, *arrays: Any) -> tuple[Leaves, Static]:
         outs, structure = self.fn(*map(owned, arrays))

@@ -17,9 +17,11 @@ import jax
 import jax.core
 import jax.numpy as jnp
 
+from interop._abstract import kept_words
 from interop._derive import NOTHING, FlatFn, Mask, Static, fill, join, pick
 from interop._in_torch._effects import Effectful, program_of
 from interop._in_torch._flat import JaxFlat
+from interop._log import tell
 from interop._private import jax as jax_private
 from interop._side import JAX, Leaf, Leaves
 
@@ -89,6 +91,7 @@ class Plan:
             return pick(self.pull(leaves[: len(self.saved)], cotangents), pick(wanted, self.active)), NOTHING
 
         backward = self.forward.variant(fn, x64=self.forward.x64)
+        backward.name = f"{self.forward.name}.backward"
         backward.path = None  # its leaves are no arguments
         return wanted, backward
 
@@ -131,6 +134,10 @@ def _residual_forward(flat: JaxFlat, active: Mask) -> FlatFn:
             residuals = pick(grads, reached[0])
             saved = tuple(("residual", i) for i in range(len(residuals)))
             pulled = _scaling(reached[0], pick(leaves, active))
+        kept = (
+            "nothing, it is computed with the value" if scaled else kept_words(saved, residuals, flat.path, structure)
+        )
+        tell(flat.name, "gradient captured (kept for it: %s)", kept)
         plan = Plan(len(outs), structure, saved, inexact, reached, pulled, with_residuals(flat, active), active, scaled)
         return (*outs, *residuals), Static(plan)
 

@@ -275,3 +275,20 @@ def dependences(program: Any) -> list[int]:
         for variable, depends in zip(equation.outvars, dependences(inner), strict=True):
             bits[variable] = functools.reduce(operator.or_, (o for i, o in enumerate(operands) if depends >> i & 1), 0)
     return list(map(read, program.outvars))
+
+
+# --- what is there ----------------------------------------------------------------------------------------------------
+
+
+def fast_paths() -> dict[str, bool]:
+    """What private names are used for, and whether they are there; where not, the public way is taken."""
+    return {
+        "arrays from capsules": import_capsule is not None,
+        "capsules of arrays": capsule_of is not _public_capsule,
+        "copies of numpy arrays": copy_of is _private_copy,
+        "the type of arrays": ArrayImpl is not None,
+        "weak types of numbers": _lax is not None,
+        "effects in compiled loops": _effects is not None,
+        "caches that hold weakly": hasattr(_util, "weakref_cache_key_types"),
+        "whether a backend runs": _xla_bridge is not None,
+    }

@@ -519,3 +519,22 @@ def _is_same(a: Any, b: Any) -> bool:
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_is_same(a[key], b[key]) for key in a)
     return a is b or (not isinstance(a, torch.Tensor) and type(a) is type(b) and a == b)
+
+
+# --- what is there ----------------------------------------------------------------------------------------------------
+
+
+def fast_paths() -> dict[str, bool]:
+    """What private names are used for, and whether they are there; where not, the public way is taken."""
+    return {
+        "capsules of tensors": hasattr(_C, "_to_dlpack"),
+        "tensors from capsules": hasattr(_C, "_from_dlpack"),
+        "which modes are on": _always not in (functorch_active, dispatch_modes, any_autocast, function_modes),
+        "what is saved for a backward": bool(_top_hooks and _keep_graph),
+        "hooks that are set aside": hasattr(_hooks, "_saved_tensors_hooks_set_tracing"),
+        "batches that are peeled off": _functorch is not None,
+        "operations below autograd": below_autograd is not None,
+        "code that Dynamo leaves out": hasattr(_eval_frame, "set_code_exec_strategy"),
+        "pytrees of torch": bool(_nodes),
+        "operations of captured graphs": not PUBLIC_ONLY,
+    }
