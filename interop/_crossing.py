@@ -100,6 +100,10 @@ class Record:
     @functools.cached_property
     def shown(self) -> inspect.Signature:
         """The guest's signature in the host's types. JAX asks for it several times a gradient."""
+        return self.translated()
+
+    def translated(self) -> inspect.Signature:
+        """The same, made anew."""
         if self.signature is not None:
             return inspect.signature(self.signature)
         signature = signature_of(self.function)
@@ -540,7 +544,8 @@ class _Signed(_Identity):
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return _record_of(self).shown
+        record = _record_of(self)
+        return record.translated() if is_dynamo_compiling() else record.shown  # Dynamo takes no lock of a cache
 
     @property
     def __annotations__(self) -> dict[str, Any]:  # type: ignore[override]
