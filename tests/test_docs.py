@@ -77,6 +77,12 @@ def test_the_readme_names_targets_that_exist() -> None:
     assert set(re.findall(r"\bmake ([a-z]+)\b(?= {2,}#|`)", README.read_text())) <= targets
 
 
+def test_the_readme_names_files_that_exist() -> None:
+    named = re.findall(r"`((?:interop|tests|examples)/[\w/.]+)`", README.read_text())
+    assert len(named) > 10
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
 # --- the table of models ----------------------------------------------------------------------------------------------
 
 
