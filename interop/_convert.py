@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -24,12 +24,14 @@ from interop._leaf import jax_device as jax_device_of
 from interop._marshal import Kind, flatten, where
 from interop._module_in_jax import refuse_lazy
 from interop._module_in_torch import WrappedJaxFunction
-from interop._overloads import JaxToTorch, MakeFunctional, TorchModuleToJax, TorchToJax
 from interop._side import JAX, TORCH
 from interop._types import typed
 
+if TYPE_CHECKING:
+    from interop._overloads import JaxToTorch, MakeFunctional, TorchModuleToJax, TorchToJax
 
-@typed(TorchToJax)
+
+@typed(lambda: TorchToJax)
 def torch_to_jax(x: Any, /, *, copy: bool = False) -> Any:
     """The value in JAX, for the user to keep.
 
@@ -60,7 +62,7 @@ def torch_to_jax(x: Any, /, *, copy: bool = False) -> Any:
     return _map("torch_to_jax", x, (Kind.TENSOR,), functools.partial(share_tensor, copy=copy))
 
 
-@typed(JaxToTorch)
+@typed(lambda: JaxToTorch)
 def jax_to_torch(x: Any, /, *, copy: bool = False) -> Any:
     """The value in torch, for the user to keep.
 
@@ -110,7 +112,7 @@ def _is_function(x: Any) -> bool:
 # --- modules ----------------------------------------------------------------------------------------------------------
 
 
-@typed(MakeFunctional)
+@typed(lambda: MakeFunctional)
 def make_functional(
     module: torch.nn.Module, /, *, rng: str | None = None, mutable: bool = False, example_output: Any = None
 ) -> tuple[Any, dict[str, jax.Array]]:
@@ -161,7 +163,7 @@ def make_functional(
 _NO_MODULE = "A function needs no parameters: torch_to_jax(function)"
 
 
-@typed(TorchModuleToJax)
+@typed(lambda: TorchModuleToJax)
 def torch_module_to_jax(model: torch.nn.Module, example_output: Any = None) -> tuple[Any, tuple[jax.Array, ...]]:
     """The same with the parameters as a tuple, in the order of `model.parameters()`.
 

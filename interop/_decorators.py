@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
 from interop._crossing import refine
 from interop._errors import OptionError
-from interop._overloads import AsJax, AsTorch
 from interop._side import JAX, TORCH
 from interop._types import Function, typed
+
+if TYPE_CHECKING:
+    from interop._overloads import AsJax, AsTorch
 
 F = TypeVar("F", bound="Function[..., Any]")
 
@@ -20,7 +22,7 @@ class _Keep(Protocol):
     def __call__(self, fn: F, /) -> F: ...
 
 
-@typed(AsTorch)
+@typed(lambda: AsTorch)
 def as_torch(
     fn: Any = None,
     /,
@@ -70,7 +72,7 @@ def as_torch(
     return _decorate(fn, options)
 
 
-@typed(AsJax)
+@typed(lambda: AsJax)
 def as_jax(
     fn: Any = None,
     /,

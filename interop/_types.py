@@ -134,7 +134,7 @@ class WrapperOptions(TypedDict, total=False):
     rngs: Names
 
 
-def typed(declared: type[D]) -> Callable[[Any], D]:
-    """The function itself, of the declared type: its overloads stand in a file of their own."""
+def typed(declared: Callable[[], type[D]]) -> Callable[[Any], D]:
+    """The function itself, of the declared type: its overloads stand in a file that only type checkers load."""
     del declared
     return lambda function: function
