@@ -31,6 +31,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import interop
 from interop import as_torch, differentiable, jittable
+from tables import rows
 
 Fn = Callable[..., Any]
 ROOT = Path(__file__).parent.parent
@@ -67,17 +68,6 @@ def value_and_gradients(fn: Fn, *args: torch.Tensor) -> Any:
     """The result, and the gradients of all arguments."""
     out = fn(*args)
     return torch.utils._pytree.tree_map(torch.Tensor.detach, out), grad(total(out), args, materialize_grads=True)
-
-
-def rows(table: dict[str, Any], gaps: dict[str, str] | None = None) -> Any:
-    """One test for each row of a table; a row whose name is among the gaps fails for the reason given there."""
-    gaps = gaps or {}
-    assert gaps.keys() <= table.keys()
-    marks = {name: pytest.mark.xfail(strict=True, reason=reason) for name, reason in gaps.items()}
-    return [
-        pytest.param(*(row if isinstance(row, tuple) else (row,)), id=name, marks=marks.get(name, ()))
-        for name, row in table.items()
-    ]
 
 
 def gap(reason: str) -> pytest.MarkDecorator:

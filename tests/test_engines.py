@@ -11,12 +11,10 @@ import gc
 import json
 import math
 import os
-import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from datetime import timedelta
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +29,9 @@ from torch.utils.data import DataLoader, Dataset
 
 import interop
 from interop import as_torch, differentiable, jittable, torch_to_jax
-from together import THREADS, at_once, processes_at_once
+from together import PATHS, THREADS, at_once, each, one_of_two, two_ranks
 
 Fn = Callable[..., Any]
-TESTS = Path(__file__).parent
-PATHS = os.pathsep.join([str(TESTS.parent), str(TESTS)])
 
 
 def levels(fn: Fn) -> Fn:
@@ -500,42 +496,14 @@ OTHERS: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 def two_processes() -> None:
-    """One of the two: run everything in order, and print a line for each."""
-    rank = int(os.environ["RANK"])
-    meet = "file://" + os.environ["MEET"]
-    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2, timeout=timedelta(seconds=30))
-    for name, run in (DDP | FSDP | OTHERS).items():
-        try:
-            found = run()
-        except Exception:
-            found = {"raised": traceback.format_exc()}
-        print("\n" + json.dumps([name, found]), flush=True)
-    dist.destroy_process_group()
+    """One of the two."""
+    one_of_two(DDP | FSDP | OTHERS)
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, Any]]]:
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of the two processes found, by name."""
-    place = tmp_path_factory.mktemp("ranks")
-    common = {"PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1", "MEET": str(place / "meet"), "WORLD_SIZE": "2"}
-    command = [sys.executable, "-c", "import test_engines; test_engines.two_processes()"]
-    logs = [place / f"{rank}" for rank in range(2)]
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    codes = processes_at_once(command, [os.environ | common | rank for rank in ranks], logs, cwd=place, timeout=80)
-    found = []
-    for log, code in zip(logs, codes, strict=True):
-        text = log.read_text()
-        lines = [json.loads(line) for line in text.splitlines() if line.startswith('["')]
-        found.append(dict(lines) | {"exit": code, "tail": text[-2000:]})
-    return found
-
-
-def each(ranks: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """What the processes found under this name."""
-    for rank in ranks:
-        assert name in rank, f"not reached, exit {rank['exit']}\n{rank['tail']}"
-        assert "raised" not in rank[name], rank[name]["raised"]
-    return [rank[name] for rank in ranks]
+    return two_ranks("import test_engines; test_engines.two_processes()", tmp_path_factory.mktemp("ranks"))
 
 
 # --- DDP --------------------------------------------------------------------------------------------------------------

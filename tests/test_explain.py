@@ -35,6 +35,7 @@ from interop import (
 )
 from interop._leaf import describe, tensor_to_array
 from interop._private import torch as torch_private
+from tables import rows
 
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -42,10 +43,6 @@ Call = tuple[Callable[..., Any], tuple[Any, ...]]
 def levels(fn: Any) -> Any:
     """With every level on."""
     return jittable(differentiable(fn))
-
-
-def rows(table: dict[str, Any]) -> list[Any]:
-    return [pytest.param(*(row if isinstance(row, tuple) else (row,)), id=name) for name, row in table.items()]
 
 
 # --- the report -------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ import interop
 from cases import BY_ID, Case
 from hosts import HOSTS, Fn, Tree, assert_same
 from interop import as_jax, differentiable, jittable
+from tables import rows
 
 HOST = HOSTS["jax"]
 
@@ -33,11 +34,6 @@ HOST = HOSTS["jax"]
 def levels(fn: Fn) -> Fn:
     """The torch function as a JAX function, with every level on."""
     return differentiable(jittable(as_jax(fn)))
-
-
-def rows(table: dict[str, Any]) -> list[Any]:
-    """The rows of a table as parameters of a test."""
-    return [pytest.param(*(row if isinstance(row, tuple) else (row,)), id=name) for name, row in table.items()]
 
 
 # --- transforms -------------------------------------------------------------------------------------------------------
