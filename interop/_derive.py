@@ -112,7 +112,7 @@ class Flat:
                 error.argument = self.path(error.leaf)
         return error
 
-    def tell_time(self, what: str, seconds: float) -> None:
+    def tell_time(self, what: Callable[[], str], seconds: float) -> None:
         """Tell how long something took that is done once for each set of shapes; a long time aloud, but once."""
         if tell_time(self.name, what, seconds, loudly="took long" not in self.memos):
             self.memos["took long"] = True

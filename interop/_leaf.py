@@ -108,14 +108,9 @@ def describe(leaf: Any) -> str:
     return f"{short}[{','.join(map(str, shape))}]"
 
 
-class Words:
-    """Leaves as they are described, once somebody wants to read it."""
-
-    def __init__(self, leaves: Sequence[Any]) -> None:
-        self.leaves = leaves
-
-    def __str__(self) -> str:
-        return f"({', '.join(map(describe, self.leaves))})"
+def describe_all(leaves: Sequence[Any]) -> str:
+    """Several of them: `(f32[2], i32[3])`."""
+    return f"({', '.join(map(describe, leaves))})"
 
 
 # --- devices ----------------------------------------------------------------------------------------------------------

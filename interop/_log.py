@@ -8,6 +8,7 @@ copied is told when a structure of call is met first; no call that has run befor
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 _log = logging.getLogger("interop")
 
@@ -21,16 +22,17 @@ def is_heard() -> bool:
 
 
 def tell(name: str, what: str, *details: object) -> None:
-    """Tell what happened to the crossing of this name. The details are put into words only if somebody listens."""
+    """Tell what happened to the crossing of this name. Details that are functions are called only if it is heard."""
     if is_heard():
-        _log.debug("%s: %s", name, what % details if details else what, stacklevel=2)
+        words = tuple(detail() if callable(detail) else detail for detail in details)
+        _log.debug("%s: %s", name, what % words if words else what, stacklevel=2)
 
 
-def tell_time(name: str, what: str, seconds: float, *, loudly: bool) -> bool:
-    """Tell how long it took; whether that was long. `loudly` is whether a long time is told at info level."""
+def tell_time(name: str, what: Callable[[], str], seconds: float, *, loudly: bool) -> bool:
+    """Tell how long something took; whether that was long. `loudly` is whether a long time is told at info level."""
     is_long = seconds > LONG
     level = logging.INFO if is_long and loudly else logging.DEBUG
     if _log.isEnabledFor(level):
         again = "; calls with the same shapes do not do it again" if level == logging.INFO else ""
-        _log.log(level, "%s: %s in %.1f s%s", name, what, seconds, again, stacklevel=2)
+        _log.log(level, "%s: %s in %.1f s%s", name, what(), seconds, again, stacklevel=2)
     return is_long

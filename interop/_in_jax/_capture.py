@@ -121,8 +121,12 @@ def _try_capture(flat: TorchFlat, avals: tuple[Aval, ...], active: Mask) -> Capt
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         tell(flat.name, "gradient recomputed, not captured (%s)", reason)
         return reason
-    kept = kept_words(found.saved, found.residuals, flat.path, flat.outputs(avals).structure)
-    flat.tell_time(f"gradient captured (kept for it: {kept})", time.perf_counter() - start)
+
+    def what() -> str:
+        kept = kept_words(found.saved, found.residuals, flat.path, flat.outputs(avals).structure)
+        return f"gradient captured (kept for it: {kept})"
+
+    flat.tell_time(what, time.perf_counter() - start)
     return found
 
 

@@ -34,10 +34,10 @@ from interop._leaf import (
     SMALL,
     WIDE_FLOATS,
     WIDE_INTS,
-    Words,
     array_to_tensor,
     copy_tensor,
     describe,
+    describe_all,
     import_tensor,
     is_home,
     jax_dtype,
@@ -121,7 +121,7 @@ class TorchFlat(Flat):
         if promised:
             found = promised(avals)
         else:
-            tell(self.name, "traced for %s", Words(avals))
+            tell(self.name, "traced for %s", lambda: describe_all(avals))
             found = infer_torch(self, avals)
         kept: list[Aval] = []
         for index, aval in enumerate(found.avals):

@@ -21,7 +21,7 @@ from interop._abstract import Aval, Outputs, infer_jax
 from interop._derive import Axes, Flat, FlatFn, Mask, Static, fill, join, pick
 from interop._errors import AbstractEvalError, UnsupportedError
 from interop._in_torch._effects import record, replay
-from interop._leaf import Words, copy_tensor
+from interop._leaf import copy_tensor, describe_all
 from interop._log import tell
 from interop._private import jax as jax_private
 from interop._side import Leaf, Leaves
@@ -168,7 +168,7 @@ class JaxFlat(Flat):
         if _config.jax_disable_jit:  # residuals are told apart in a trace: there has to be one
             with jax.disable_jit(False):
                 return self.jitted(*leaves)
-        tell(self.name, "traced for %s", Words(leaves))
+        tell(self.name, "traced for %s", lambda: describe_all(leaves))
         self.since = time.perf_counter()
         try:
             return self.fn(*leaves)
@@ -180,7 +180,7 @@ class JaxFlat(Flat):
         """Tell of the trace and the compilation that the call has just had."""
         since, self.since = self.since, None
         if since is not None:  # another thread may have told
-            self.tell_time("traced and compiled", time.perf_counter() - since)
+            self.tell_time(lambda: "traced and compiled", time.perf_counter() - since)
 
     def _run(self, *arrays: Any) -> tuple[Leaves, Static]:
         outs, structure = self.fn(*map(owned, arrays))

@@ -134,9 +134,12 @@ def _residual_forward(flat: JaxFlat, active: Mask) -> FlatFn:
             residuals = pick(grads, reached[0])
             saved = tuple(("residual", i) for i in range(len(residuals)))
             pulled = _scaling(reached[0], pick(leaves, active))
-        kept = (
-            "nothing, it is computed with the value" if scaled else kept_words(saved, residuals, flat.path, structure)
-        )
+
+        def kept() -> str:
+            if scaled:
+                return "nothing, it is computed with the value"
+            return kept_words(saved, residuals, flat.path, structure)
+
         tell(flat.name, "gradient captured (kept for it: %s)", kept)
         plan = Plan(len(outs), structure, saved, inexact, reached, pulled, with_residuals(flat, active), active, scaled)
         return (*outs, *residuals), Static(plan)
