@@ -46,7 +46,7 @@ class ModuleFunction:
         skeleton = self._skeleton(params)
         torch_private.forget_parametrizations(self.module)
         try:
-            if skeleton.trains in self.watched and not any(map(torch_private.is_traced, [*params.values()][:1])):
+            if skeleton.trains in self.watched and not torch_private.is_traced(next(iter(params.values()), None)):
                 out = skeleton.root(*args, **kwargs)
             else:
                 out = self._watched_call(skeleton, args, kwargs)
@@ -66,7 +66,12 @@ class ModuleFunction:
 
     def find_held(self, wanted: Callable[[Any], bool]) -> str | None:
         """The name of a tensor that the module holds beside its parameters and buffers, and has not computed."""
-        return next((name for name, t in _held(self.module) if wanted(t) and t.is_leaf), None)
+        own = _own(self.module)
+        for name, value in _attributes(self.module):
+            found = first(value, lambda x: _is_beside(x, own) and wanted(x) and x.is_leaf)
+            if found:
+                return f"{name}{found[0]}"
+        return None
 
     def _skeleton(self, params: Mapping[str, torch.Tensor]) -> _Skeleton:
         modes = self.training.by_part()
@@ -95,7 +100,14 @@ class _Watch(TorchFunctionMode):
     def __init__(self, module: torch.nn.Module, given: dict[int, torch.Tensor]) -> None:
         super().__init__()
         self.names = {id(t): name for name, t in module.named_parameters() if id(t) in given}
-        self.names |= {id(t): name for name, t in _held(module) if t.requires_grad and not t.is_leaf}
+        self.own = _own(module)
+        for name, value in _attributes(module):
+            first(value, functools.partial(self._add_computed, name))
+
+    def _add_computed(self, name: str, x: Any) -> bool:
+        if _is_beside(x, self.own) and x.requires_grad and not x.is_leaf:
+            self.names[id(x)] = name
+        return False  # go on looking
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if _name_of(func) not in _LOOKS:
@@ -109,15 +121,22 @@ class _Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _held(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors in the attributes of a module, beside its parameters and buffers."""
-    own = {id(t) for t in (*module.parameters(), *module.buffers())}
+def _attributes(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """The attributes of every part of a module, by name, but for its tables."""
     for path, part in module.named_modules():
         for attribute, value in part.__dict__.items():
             if attribute not in _TABLES:
-                found = first(value, lambda x: isinstance(x, torch.Tensor) and id(x) not in own)
-                if found:
-                    yield f"{path}.{attribute}{found[0]}".removeprefix("."), found[1]
+                yield f"{path}.{attribute}".removeprefix("."), value
+
+
+def _own(module: torch.nn.Module) -> set[int]:
+    """The parameters and buffers of a module, by their identity."""
+    return {id(t) for t in (*module.parameters(), *module.buffers())}
+
+
+def _is_beside(x: Any, own: set[int]) -> bool:
+    """Whether a value is a tensor that is none of them."""
+    return isinstance(x, torch.Tensor) and id(x) not in own
 
 
 def _name_of(func: Any) -> str:

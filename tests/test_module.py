@@ -39,6 +39,7 @@ import interop
 from hosts import HOSTS, numpy_of
 from interop import as_jax, jax_to_torch, make_functional, torch_module_to_jax, torch_to_jax
 from interop._in_jax._random import seeding
+from tables import rows
 from together import at_once
 
 Fn = Callable[..., Any]
@@ -55,15 +56,6 @@ def tensor(array: Any) -> torch.Tensor:
 def arrays(named: Any) -> dict[str, jax.Array]:
     """Parameters or buffers as arrays of their own."""
     return {name: torch_to_jax(t.detach(), copy=True) for name, t in named}
-
-
-def rows(table: dict[str, Any], gaps: dict[str, str] | None = None) -> list[Any]:
-    """The rows of a table as parameters of a test; a gap, with its reason, is what does not hold yet."""
-    marks = {name: pytest.mark.xfail(strict=True, reason=reason) for name, reason in (gaps or {}).items()}
-    return [
-        pytest.param(*(row if isinstance(row, tuple) else (row,)), id=name, marks=marks.get(name, ()))
-        for name, row in table.items()
-    ]
 
 
 def close(got: Any, expected: Any, tolerance: float = 1e-5) -> None:
@@ -1402,6 +1394,7 @@ HOLD: dict[str, tuple[Fn, Fn]] = {
     "class": (lambda self: setattr(type(self), "kept", [self.a]), lambda self, x: self.kept[0](x)),
     "global": (lambda self: KEPT.update(a=self.a), lambda self, x: KEPT["a"](x)),
     "view of a parameter": (lambda self: self.a.weight[:2], lambda self, x: x @ self.held.T),
+    "what was computed": (lambda self: [self.a.weight * 2, self.a.weight * 3], lambda self, x: x @ self.held[1].T),
 }  # fmt: skip
 
 
@@ -1987,6 +1980,17 @@ class Forgotten(Two):
         return super().forward(x) * self.gains[0]
 
 
+class Behind(Two):
+    """A parameter in a list, behind a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gains = [torch.ones(3), nn.Parameter(torch.ones(3))]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.gains[0] * self.gains[1]
+
+
 class Attribute(Two):
     """A tensor that requires grad and is no parameter."""
 
@@ -1999,7 +2003,7 @@ class Attribute(Two):
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
-@pytest.mark.parametrize(("make", "name"), [(Forgotten, r"gains\[0\]"), (Attribute, "gain")], ids=["list", "attribute"])
+@pytest.mark.parametrize(("make", "name"), [(Forgotten, r"gains\[0\]"), (Behind, r"gains\[1\]"), (Attribute, "gain")])
 def test_a_tensor_that_requires_grad_and_is_no_parameter(make: Fn, name: str, wrap: Fn) -> None:
     """Its gradient would be lost: it is named. The value is that of the module."""
     module = make()
