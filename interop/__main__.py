@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import multiprocessing
 import operator
@@ -14,6 +13,15 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import jax
+import torch
+
+import interop
+from interop._leaf import x64_enabled
+from interop._private import PUBLIC_ONLY
+from interop._private import jax as jax_private
+from interop._private import torch as torch_private
 
 DISTRIBUTION = "interop-torch-jax"
 FINE = "nothing to do"
@@ -59,6 +67,7 @@ def versions() -> list[Line]:
     return [
         _version("python", platform.python_version(), wanted.get("python", "")),
         *(_version(name, _installed(name), wanted.get(name, "")) for name in PACKAGES),
+        Line("interop", interop.__version__, FINE),
     ]
 
 
@@ -125,22 +134,11 @@ def _numbers(version: str) -> tuple[int, ...]:
 # --- the library ------------------------------------------------------------------------------------------------------
 
 
-def interop() -> list[Line]:
-    """Whether the library can be imported."""
-    try:
-        importlib.import_module("interop._explain")
-    except Exception as error:  # noqa: BLE001 - whatever a broken installation raises
-        return [Line("interop", "can't be imported", f"{_words(error)}. Install what is missing above")]
-    return [Line("interop", importlib.import_module("interop").__version__, FINE)]
-
-
 def fast_paths() -> list[Line]:
     """The private names of either framework that are in use."""
-    public = importlib.import_module("interop._private").PUBLIC_ONLY
-    why = "unset INTEROP_PUBLIC_ONLY" if public else "slower, not wrong: install a version that is supported"
+    why = "unset INTEROP_PUBLIC_ONLY" if PUBLIC_ONLY else "slower, not wrong: install a version that is supported"
     lines: list[Line] = []
-    for name in ("torch", "jax"):
-        paths: dict[str, bool] = importlib.import_module(f"interop._private.{name}").fast_paths()
+    for name, paths in (("torch", torch_private.fast_paths()), ("jax", jax_private.fast_paths())):
         missing = [what for what, there in paths.items() if not there]
         found = f"{len(paths) - len(missing)} of {len(paths)} active"
         lines.append(Line(f"fast paths, {name}", found, f"{why} (without: {', '.join(missing)})" if missing else FINE))
@@ -152,13 +150,12 @@ def fast_paths() -> list[Line]:
 
 def devices() -> list[Line]:
     """What each framework computes on."""
-    torch, jax = importlib.import_module("torch"), importlib.import_module("jax")
     of_torch = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     of_jax = jax.devices()
     on_gpu = any(device.platform in ("gpu", "cuda") for device in of_jax)
     advice = FINE
     if of_torch and not on_gpu:
-        advice = f"tensors on a GPU can't cross: pip install 'jax[cuda{_major(torch.version.cuda)}]'"
+        advice = f"tensors on a GPU can't cross: pip install 'jax[cuda{_major(str(torch.version.cuda))}]'"
     elif on_gpu and not of_torch:
         advice = "arrays on a GPU can't cross: install a torch with CUDA, or set JAX_PLATFORMS=cpu"
     return [
@@ -169,7 +166,7 @@ def devices() -> list[Line]:
 
 def cuda() -> list[Line]:
     """Whether both frameworks were built for the same CUDA."""
-    of_torch = importlib.import_module("torch").version.cuda
+    of_torch = torch.version.cuda
     of_jax = next((n for n in ("13", "12") if _installed(f"jax-cuda{n}-plugin")), None)
     advice = FINE
     if of_torch and of_jax and _major(of_torch) != of_jax:
@@ -186,7 +183,7 @@ def _major(version: str) -> str:
 
 def x64() -> list[Line]:
     """Whether JAX keeps 64 bits."""
-    on = bool(importlib.import_module("jax").config.jax_enable_x64)
+    on = x64_enabled()
     off = "JAX_ENABLE_X64=1 lets JAX keep 64 bits; into torch, functions of 64-bit floats run in 64 bits all the same"
     return [Line("x64", "on" if on else "off", FINE if on else off)]
 
@@ -206,7 +203,7 @@ def processes() -> list[Line]:
     return [Line("start method", method, advice if method == "fork" else FINE)]
 
 
-SECTIONS = (versions, interop, fast_paths, devices, cuda, x64, memory, processes)
+SECTIONS = (versions, fast_paths, devices, cuda, x64, memory, processes)
 
 if __name__ == "__main__":
     sys.exit(main())
