@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from interop._crossing import Crossing, refine
-from interop._errors import ContainerError, DeviceError, InteropError, LeafError, OptionError
+from interop._errors import ContainerError, DeviceError, InteropError, LeafError, OptionError, blaming
 from interop._leaf import (
     NUMPY_OF,
     copy_to_keep,
@@ -183,6 +183,7 @@ def torch_module_to_jax(model: torch.nn.Module, example_output: Any = None) -> t
 
 
 def by_position(apply: Any, names: tuple[str, ...], params: Sequence[Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Call a function of parameters by name with parameters in their order."""
     return apply(by_name(names, params), *args, **kwargs)
 
 
@@ -210,9 +211,6 @@ def _parameters_of(module: torch.nn.Module) -> dict[str, jax.Array]:
         raise LeafError(f"{meta[0]} is on the 'meta' device, and has no values")
     arrays: dict[str, jax.Array] = {}
     for name, tensor in named.items():
-        try:
+        with blaming("make_functional", f"module.{name}"):
             arrays[name] = copy_to_keep(tensor)
-        except InteropError as error:
-            error.function, error.argument = "make_functional", f"module.{name}"
-            raise
     return arrays

@@ -21,6 +21,9 @@ of the argument are known (`locate`).
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Generator
+
 
 class InteropError(Exception):
     """Base class of every error that the library raises on its own account.
@@ -114,6 +117,16 @@ class NestedError(InteropError, RuntimeError):
 
 class ForkError(InteropError, RuntimeError):
     """A crossing in a forked child whose parent had started JAX: its threads do not survive the fork."""
+
+
+@contextlib.contextmanager
+def blaming(function: str, argument: str) -> Generator[None]:
+    """Errors from here are of this argument of this function: where no call of a crossing is above to say so."""
+    try:
+        yield
+    except InteropError as error:
+        error.function, error.argument = function, argument
+        raise
 
 
 def _rebuild(kind: type[InteropError], state: dict[str, object]) -> InteropError:

@@ -156,7 +156,7 @@ def _called(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any
     if isinstance(fn, WrappedJaxFunction):
         with torch.random.fork_rng([t.device for t in fn.parameters() if t.is_cuda][:1]):
             own, kwargs, names = fn._own_named(len(args), kwargs)
-        state = fn.state._structure.names if fn.state else ()
+        state = fn._function.state.names if fn._function.state else ()
         return fn._crossed, (own, *args), kwargs, _Names(names, state if fn._function.has_modes else None)
     if isinstance(fn, functools.partial):
         args, kwargs = (*fn.args, *args), {**fn.keywords, **kwargs}

@@ -30,6 +30,11 @@ class Form(NamedTuple):
     impl: str | None  # of the key
     dtype: str | None  # unsigned, of which torch holds the bits: it has next to nothing for them
 
+    @property
+    def bits(self) -> str | None:
+        """The dtype of those bits."""
+        return self.dtype and self.dtype.removeprefix("u")
+
     def restored(self, leaf: Any) -> Any:
         """The leaf as the function knows it."""
         if self.dtype is not None:
@@ -40,8 +45,8 @@ class Form(NamedTuple):
         """The leaf as torch holds it."""
         if _is_key(leaf):
             leaf = jax.random.key_data(leaf)
-        if self.dtype is not None and leaf.dtype == self.dtype:
-            leaf = jax.lax.bitcast_convert_type(leaf, f"int{8 * leaf.dtype.itemsize}")
+        if self.bits is not None and leaf.dtype == self.dtype:
+            leaf = jax.lax.bitcast_convert_type(leaf, self.bits)
         return leaf
 
 
@@ -55,7 +60,8 @@ def _is_key(x: Any) -> bool:
 class Structure:
     """The structure of a pytree of arrays, with the names and the forms of its leaves."""
 
-    def __init__(self, tree: Tree, forms: tuple[Form, ...]) -> None:
+    def __init__(self, label: str, tree: Tree, forms: tuple[Form, ...]) -> None:
+        self.label = label  # what the pytree is called
         self.tree = tree
         self.forms = forms
         self.routes = tuple(tuple(map(_name, route)) or ("0",) for route in tree.routes())
@@ -75,42 +81,43 @@ class Structure:
         seen = [int(x) for x in leaves if isinstance(x, np.ndarray)]
         return [*seen, *(i for i in every if i not in set(seen))]
 
-    def renewed(self, old: Sequence[Any], new: Any, label: str) -> list[Any]:
+    def renewed(self, old: Sequence[Any], new: Any) -> list[Any]:
         """The leaves of a new pytree in this order, as torch holds them; raises if it is not like the old one."""
         leaves, tree = flatten(new, numbers_static=True)
         given = dict(zip((".".join(map(_name, route)) or "0" for route in tree.routes()), leaves, strict=True))
-        problems = [f"{label}.{name}: unknown" for name in given if name not in self.names]
+        problems = [f"{self.label}.{name}: unknown" for name in given if name not in self.names]
         values: list[Any] = []
         for name, form, before in zip(self.names, self.forms, old, strict=True):
             if name not in given:
-                problems.append(f"{label}.{name}: missing, expected {describe(form.restored(before))}")
+                problems.append(f"{self.label}.{name}: missing, expected {describe(form.restored(before))}")
                 continue
             value = form.held(given[name])
             if value.shape != before.shape or not _is_alike(value.dtype, before.dtype):
                 got, expected = describe(given[name]), describe(form.restored(before))
-                problems.append(f"{label}.{name}: got {got}, expected {expected}")
+                problems.append(f"{self.label}.{name}: got {got}, expected {expected}")
             values.append(value)
         if problems:
-            raise OutputMismatchError("\n    ".join([f"the new {label} is not like the old one:", *problems]))
+            raise OutputMismatchError("\n    ".join([f"the new {self.label} is not like the old one:", *problems]))
         return values
 
     def dump(self) -> list[Any]:
         """As plain data; raises for what has no words."""
-        return [dump_tree(self.tree), self.forms]
+        return [self.label, dump_tree(self.tree), self.forms]
 
     @staticmethod
     def load(dumped: list[Any]) -> Structure:
         """The structure again."""
-        return Structure(load_tree(dumped[0]), tuple(Form(*form) for form in dumped[1]))
+        label, tree, forms = dumped
+        return Structure(label, load_tree(tree), tuple(Form(*form) for form in forms))
 
 
-def apart(pytree: Any) -> tuple[list[Any], Structure]:
+def apart(pytree: Any, label: str) -> tuple[list[Any], Structure]:
     """The arrays of a pytree, as they are, and its structure."""
     leaves, tree = flatten(pytree, numbers_static=True)
     for token in tree.tokens:
         if type(token) is StaticLeaf and isinstance(token.value, jax.ShapeDtypeStruct):
             raise LeafError("a ShapeDtypeStruct has no values", got=describe(token.value), hint="Pass arrays")
-    return leaves, Structure(tree, tuple(map(_form, leaves)))
+    return leaves, Structure(label, tree, tuple(map(_form, leaves)))
 
 
 def _form(leaf: Any) -> Form:
@@ -137,7 +144,7 @@ def _name(part: str) -> str:
     return f"{part}_" if part in _TAKEN else part
 
 
-_TAKEN = frozenset({*dir(torch.nn.Module()), "read", "write", "to_jax", "name_by_path"})
+_TAKEN = frozenset(dir(torch.nn.Module()))
 
 # --- the function -----------------------------------------------------------------------------------------------------
 
@@ -150,6 +157,9 @@ _FLAGS = {
     "use_running_average": False,
     "inference": False,
 }
+
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def _flags_among(parameters: Sequence[inspect.Parameter]) -> dict[str, bool]:
@@ -186,8 +196,8 @@ class Applied:
         self.rngs = rngs
         self.has_modes = state is not None or bool(rngs) or isinstance(function, Model)
         self.__name__ = str(getattr(function, "__name__", type(function).__name__))
-        self.flags: dict[str, bool] = {}
-        self.__signature__ = self._signature()
+        parameters, self.flags = self._parameters()
+        self.__signature__ = self._signature(parameters)
         positional = [p.name for p in self.__signature__.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
         self.places = {flag: positional.index(flag) for flag in self.flags if flag in positional}
 
@@ -202,7 +212,7 @@ class Applied:
         if self.state is None:
             return self._checked(out), []
         out, new = _pair(out, "(out, new_state)")
-        return self._checked(out), self.state.renewed(state, new, "state")
+        return self._checked(out), self.state.renewed(state, new)
 
     def _keys(self, seeds: dict[str, Any] | None) -> dict[str, Any]:
         """The keyword with the random keys; None in evaluation."""
@@ -227,17 +237,19 @@ class Applied:
             leaves = [jax.lax.stop_gradient(x) if isinstance(x, jax.Array) else x for x in leaves]
         return value, tree.unflatten(leaves)
 
-    def _signature(self) -> inspect.Signature:
+    def _parameters(self) -> tuple[list[inspect.Parameter], dict[str, bool]]:
+        """The parameters of the function behind its parts, and those of them that are flags."""
+        if isinstance(self.function, Model):
+            return self.function.arguments, self.function.flags
+        parameters = list(signature_of(self.function).parameters.values())
+        for _ in range(1 if self.state is None else 2):
+            if parameters and parameters[0].kind in _POSITIONAL:
+                del parameters[0]
+        return parameters, _flags_among(parameters) if self.has_modes else {}
+
+    def _signature(self, parameters: Sequence[inspect.Parameter]) -> inspect.Signature:
         """As calls see it: the leaves in place of the parts; what the module gives by itself is not required."""
         of = inspect.Parameter
-        if isinstance(self.function, Model):
-            parameters, self.flags = self.function.arguments, self.function.flags
-        else:
-            parameters = list(signature_of(self.function).parameters.values())
-            for _ in range(1 if self.state is None else 2):
-                if parameters and parameters[0].kind in (of.POSITIONAL_ONLY, of.POSITIONAL_OR_KEYWORD):
-                    del parameters[0]
-            self.flags = _flags_among(parameters) if self.has_modes else {}
         keys = {self.rngs} if isinstance(self.rngs, str) else {"rngs"} if self.rngs else set[str]()
         first = of("params", of.POSITIONAL_ONLY)
         optional = [p.replace(default=None) if p.name in self.flags else p for p in parameters if p.name not in keys]
@@ -369,6 +381,10 @@ class Linen(Model):
         return {**params, **(state or {})}
 
 
+def _nnx() -> Any:
+    return sys.modules["flax.nnx"]
+
+
 class Nnx(Model):
     """`flax.nnx`: its `Param`s train, its other variables are its state."""
 
@@ -376,7 +392,7 @@ class Nnx(Model):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
-        nnx: Any = sys.modules["flax.nnx"]
+        nnx = _nnx()
         self.graph, *states = nnx.split(model, nnx.Param, ...)
         self.hollow = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tuple(states))
         self.streams = sorted({str(x.tag) for _, x in nnx.iter_graph(model) if isinstance(x, nnx.RngKey)})
@@ -393,12 +409,12 @@ class Nnx(Model):
     @staticmethod
     def parts(model: Any) -> tuple[Any, Any]:
         """The parameters and the state, as dicts."""
-        nnx: Any = sys.modules["flax.nnx"]
+        nnx = _nnx()
         _, params, state = nnx.split(model, nnx.Param, ...)
         return nnx.to_pure_dict(params), nnx.to_pure_dict(state) or None
 
     def __call__(self, params: Any, *args: Any, _training: bool, **kwargs: Any) -> Any:
-        nnx: Any = sys.modules["flax.nnx"]
+        nnx = _nnx()
         has_state = bool(jax.tree.leaves(self.hollow[1]))
         state, *rest = args if has_state else (None, *args)
         model = self.together(params, state)
@@ -411,7 +427,7 @@ class Nnx(Model):
         return (out, self.parts(model)[1]) if has_state else out
 
     def together(self, params: Any, state: Any) -> Any:
-        nnx: Any = sys.modules["flax.nnx"]
+        nnx = _nnx()
         states = jax.tree.map(lambda x: x, self.hollow)
         for hollow, values in zip(states, (params, state or {}), strict=True):
             nnx.replace_by_pure_dict(hollow, values)

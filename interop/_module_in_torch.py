@@ -13,9 +13,9 @@ from torch import Tensor
 from typing_extensions import ParamSpec, TypeVar, Unpack
 
 from interop._crossing import refine
-from interop._errors import InteropError, LeafError, OptionError
+from interop._errors import LeafError, OptionError, blaming
 from interop._leaf import array_to_tensor, copy_to_keep, describe, tensor_of_numpy
-from interop._models import MISSING, Applied, Model, Structure, apart, taken_apart
+from interop._models import MISSING, Applied, Form, Model, Structure, apart, taken_apart
 from interop._side import TORCH
 from interop._types import Crossed, Names, OfParams, OfParamsAndState, SupportsTorch, Untyped, WrapperOptions
 
@@ -192,10 +192,10 @@ class WrappedJaxFunction(torch.nn.Module, Generic[P, R_co]):
         self.jax_function = jax_function
         self.has_aux = has_aux
         self.rngs = _named_keys(rngs, function)
-        leaves, params = apart(jax_params)
-        self.params = _Arrays("params", params, leaves, trains=True, clone=clone_params)
-        leaves, renewed = ([], None) if state is None else apart(state)
-        self.state = renewed and _Arrays("state", renewed, leaves, trains=False, clone=True)
+        leaves, params = apart(jax_params, "params")
+        self.params = _held(params, leaves, trains=True, clone=clone_params)
+        leaves, renewed = ([], None) if state is None else apart(state, "state")
+        self.state = renewed and _held(renewed, leaves, trains=False, clone=True)
         self._function = Applied(function, params, renewed, has_aux=has_aux, scalar=self._scalar, rngs=self.rngs)
         self._crossed = refine(
             self._function, host=TORCH, differentiable=True, jittable=True, gradient_at_once=self._scalar
@@ -203,43 +203,49 @@ class WrappedJaxFunction(torch.nn.Module, Generic[P, R_co]):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The function of the parameters and these arguments."""
-        held, kwargs = self._own(len(args), kwargs)
+        own, kwargs = self._own(len(args), kwargs)
         if not self._function.has_modes:
-            return self._crossed(held, *args, **kwargs)
-        out, new = self._crossed(held, *args, **kwargs)
-        if self.training and self.state:
-            self.state.write(new)
+            return self._crossed(own, *args, **kwargs)
+        out, new = self._crossed(own, *args, **kwargs)
+        if self.training:
+            with torch.no_grad():
+                for buffer, value in zip(self._state(), new, strict=True):
+                    buffer.copy_(value)
         return out
 
     def _own(self, count: int, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """What the module gives its function, and the keywords of a call with `count` arguments, its modes in them."""
+        params = _read(self.params, self._function.params)
         if not self._function.has_modes:
-            return self.params.read(), kwargs
+            return params, kwargs
         for flag, in_training in self._function.flags.items():
             if flag not in kwargs and count <= self._function.places.get(flag, count):
                 kwargs[flag] = self.training is in_training
-        state = self.state.read() if self.state else []
+        state = self._state()
         if self.training:
             state = [x.clone() for x in state]  # the buffers are written to before a backward reads what it keeps
-        return (self.params.read(), state, self._seeds()), kwargs
+        return (params, state, self._seeds(params)), kwargs
 
     def _own_named(self, count: int, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[int, str]]:
         """The same, with the names of what the module gives, by identity."""
         own, kwargs = self._own(count, kwargs)
         params, state, seeds = own if self._function.has_modes else (own, [], None)
-        names = {f"rngs[{name!r}]": seed for name, seed in (seeds or {}).items()}
-        arrays: Any
-        for arrays, leaves in ((self.params, params), (self.state, state)):
-            if arrays is not None:
-                names |= {f"{arrays._label}.{n}": leaf for n, leaf in zip(arrays._structure.names, leaves, strict=True)}
-        return own, kwargs, {id(leaf): name for name, leaf in names.items()}
+        names = {id(seed): f"rngs[{name!r}]" for name, seed in (seeds or {}).items()}
+        for structure, leaves in ((self._function.params, params), (self._function.state, state)):
+            if structure is not None:
+                names |= {id(t): f"{structure.label}.{n}" for n, t in zip(structure.names, leaves, strict=True)}
+        return own, kwargs, names
 
-    def _seeds(self) -> dict[str, torch.Tensor] | None:
-        """What the random keys of a call are made of, drawn from torch's generator."""
+    def _state(self) -> list[torch.Tensor]:
+        structure = self._function.state
+        return [] if structure is None else _read(self.state, structure)
+
+    def _seeds(self, params: Sequence[torch.Tensor]) -> dict[str, torch.Tensor] | None:
+        """What the random keys of a call are made of, drawn from torch's generator, beside the parameters."""
         if not self.training or not self.rngs:
             return None
         names = (self.rngs,) if isinstance(self.rngs, str) else self.rngs
-        device = next((t.device for t in self.params.read()), None)
+        device = next((t.device for t in params), None)
         return {name: torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32, device=device) for name in names}
 
     def to_jax(self) -> Any:
@@ -248,11 +254,12 @@ class WrappedJaxFunction(torch.nn.Module, Generic[P, R_co]):
         For a model this is the trained model: of linen its `variables`, of nnx and equinox the module. With `state`, it
         is `(params, state)`.
         """
-        params, state = self.params.to_jax(), self.state.to_jax() if self.state else None
-        function = self._function.function
-        if isinstance(function, Model):
-            return function.together(params, state)
-        return (params, state) if self.state else params
+        applied = self._function
+        params = _to_jax(_read(self.params, applied.params), applied.params)
+        state = None if applied.state is None else _to_jax(self._state(), applied.state)
+        if isinstance(applied.function, Model):
+            return applied.function.together(params, state)
+        return params if applied.state is None else (params, state)
 
     def extra_repr(self) -> str:
         """The name of the function."""
@@ -267,7 +274,7 @@ class WrappedJaxFunction(torch.nn.Module, Generic[P, R_co]):
         return new
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        self.params.name_by_path(state_dict, f"{prefix}params.")
+        _name_by_path(state_dict, f"{prefix}params.", self._function.params)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -423,101 +430,83 @@ class _Node(torch.nn.Module):
         return ", ".join(f"{name}: {describe(t)}" for name, t in held.items())
 
 
-class _Arrays(_Node):
-    """The arrays of a pytree as parameters and buffers, named by their paths in it.
-
-    They are looked up by those names at each call: whatever stands for a module of torch has the same tables.
-    """
-
-    def __init__(self, label: str, structure: Structure, leaves: Sequence[Any], *, trains: bool, clone: bool) -> None:
-        super().__init__()
-        self._label = label
-        self._structure = structure
-        shared: set[int] = set()
-        for index in structure.order_in_jax():
-            leaf = leaves[index]
-            try:
-                tensor = _tensor(leaf, clone=clone or id(leaf) in shared)
-            except InteropError as error:
-                error.function, error.argument = "WrappedJaxFunction", f"{label}.{structure.names[index]}"
-                raise
-            shared.add(id(leaf))
-            trained = trains and (tensor.is_floating_point() or tensor.is_complex())
-            self._hold(structure.routes[index], tensor, trained=trained)
-
-    def _hold(self, route: tuple[str, ...], tensor: torch.Tensor, *, trained: bool) -> None:
-        """Put a tensor where its path leads."""
-        node: _Node = self
-        *parts, name = route
-        for part in parts:
-            child = node._modules.get(part)
-            if child is None and not hasattr(node, part):
-                child = node._modules[part] = _Node()
-            if not isinstance(child, _Node):
-                raise self._twice(route)
-            node = child
-        if hasattr(node, name):
-            raise self._twice(route)
-        if trained:
-            node.register_parameter(name, torch.nn.Parameter(tensor))
-        else:
-            node.register_buffer(name, tensor)
-
-    def _twice(self, route: tuple[str, ...]) -> OptionError:
-        return OptionError(
-            f"two leaves would be named {self._label}.{'.'.join(route)}", hint="Rename a key of the pytree"
-        )
-
-    def read(self) -> list[torch.Tensor]:
-        """The tensors as they are now; of one that is parametrized, what it is computed to be."""
-        found: list[torch.Tensor] = []
-        for *parts, name in self._structure.routes:
-            node: Any = self
-            for part in parts:
-                node = node._modules[part]
-            table = node._parameters if name in node._parameters else node._buffers
-            found.append(table[name] if name in table else getattr(node, name))
-        return found
-
-    def write(self, new: Sequence[torch.Tensor]) -> None:
-        """New values for the buffers."""
-        with torch.no_grad():
-            for buffer, value in zip(self.read(), new, strict=True):
-                buffer.copy_(value)
-
-    def to_jax(self) -> Any:
-        """The pytree, with copies of the tensors as arrays."""
-        arrays: list[Any] = []
-        for tensor, name in zip(self.read(), self._structure.names, strict=True):
-            try:
-                arrays.append(copy_to_keep(tensor))
-            except InteropError as error:
-                error.function, error.argument = "to_jax", f"{self._label}.{name}"
-                raise
-        return self._structure.together(arrays)
-
-    def name_by_path(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Rename the entries of a state dict whose names are positions."""
-        names = self._structure.names
-        positional = [f"{prefix}{i}" for i in range(len(names))]
-        if set(positional) == {key for key in state_dict if key.startswith(prefix)}:
-            values = [state_dict.pop(key) for key in positional]
-            order = self._structure.order_in_jax()
-            state_dict.update({f"{prefix}{names[i]}": value for i, value in zip(order, values, strict=True)})
+def _held(structure: Structure, leaves: Sequence[Any], *, trains: bool, clone: bool) -> _Node:
+    """A module that holds these leaves under their names; in the order of JAX, which an optimizer counts them in."""
+    root = _Node()
+    shared: set[int] = set()
+    for index in structure.order_in_jax():
+        leaf, name = leaves[index], f"{structure.label}.{structure.names[index]}"
+        with blaming("WrappedJaxFunction", name):
+            tensor = _tensor(leaf, structure.forms[index], clone=clone or id(leaf) in shared)
+        shared.add(id(leaf))
+        trained = trains and (tensor.is_floating_point() or tensor.is_complex())
+        if not _put(tensor, root, structure.routes[index], trained=trained):
+            raise OptionError(f"two leaves would be named {name}", hint="Rename a key of the pytree")
+    return root
 
 
-def _tensor(leaf: Any, *, clone: bool) -> torch.Tensor:
-    """The value of a leaf, in memory of its own if it is to be cloned."""
+def _put(tensor: torch.Tensor, root: _Node, route: tuple[str, ...], *, trained: bool) -> bool:
+    """Put a tensor where its path leads; whether nothing else was there."""
+    node = root
+    *parts, name = route
+    for part in parts:
+        child = node._modules.get(part)
+        if child is None and not hasattr(node, part):
+            child = node._modules[part] = _Node()
+        if not isinstance(child, _Node):
+            return False
+        node = child
+    if hasattr(node, name):
+        return False
+    if trained:
+        node.register_parameter(name, torch.nn.Parameter(tensor))
+    else:
+        node.register_buffer(name, tensor)
+    return True
+
+
+def _tensor(leaf: Any, form: Form, *, clone: bool) -> torch.Tensor:
+    """The value of a leaf as torch holds it, in memory of its own if it is to be cloned."""
     if isinstance(leaf, torch.Tensor):
         raise LeafError("a tensor among the arrays of a JAX function", got=describe(leaf), hint="Pass an array")
     if isinstance(leaf, jax.Array):
-        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        found = array_to_tensor(jax.random.key_data(leaf) if is_key else leaf)
+        found = array_to_tensor(jax.random.key_data(leaf) if form.impl else leaf)
     else:
         found = tensor_of_numpy(leaf)
-    bits = _BITS.get(found.dtype)
-    found = found if bits is None else found.view(bits)
+    if form.bits:
+        found = found.view(getattr(torch, form.bits))
     return found.clone() if clone else found
 
 
-_BITS = {torch.uint16: torch.int16, torch.uint32: torch.int32}  # `Form` knows
+def _read(root: Any, structure: Structure) -> list[torch.Tensor]:
+    """The tensors as they are now; of one that is parametrized, what it is computed to be.
+
+    They are looked up by their names: whatever stands for a module of torch has the same tables.
+    """
+    found: list[torch.Tensor] = []
+    for *parts, name in structure.routes:
+        node = root
+        for part in parts:
+            node = node._modules[part]
+        table = node._parameters if name in node._parameters else node._buffers
+        found.append(table[name] if name in table else getattr(node, name))
+    return found
+
+
+def _to_jax(tensors: Sequence[torch.Tensor], structure: Structure) -> Any:
+    """The pytree, with copies of the tensors as arrays."""
+    arrays: list[Any] = []
+    for tensor, name in zip(tensors, structure.names, strict=True):
+        with blaming("to_jax", f"{structure.label}.{name}"):
+            arrays.append(copy_to_keep(tensor))
+    return structure.together(arrays)
+
+
+def _name_by_path(state_dict: dict[str, Any], prefix: str, structure: Structure) -> None:
+    """Rename the entries of a state dict whose names are positions."""
+    names = structure.names
+    positional = [f"{prefix}{i}" for i in range(len(names))]
+    if set(positional) == {key for key in state_dict if key.startswith(prefix)}:
+        values = [state_dict.pop(key) for key in positional]
+        order = structure.order_in_jax()
+        state_dict.update({f"{prefix}{names[i]}": value for i, value in zip(order, values, strict=True)})

@@ -10,14 +10,11 @@ import copy
 import dataclasses
 import functools
 import io
-import json
 import os
 import pickle
 import re
 import sys
-import traceback
-from collections.abc import Callable, Iterator
-from datetime import timedelta
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,10 +35,10 @@ from torch.utils.checkpoint import checkpoint
 
 import interop
 from interop import WrappedJaxFunction, WrappedJaxScalarFunction, jax_to_torch
-from together import processes_at_once
+from tables import rows
+from together import TESTS, each, one_of_two, two_ranks
 
 Fn = Callable[..., Any]
-TESTS = Path(__file__).parent
 
 # torch's own, at its first use of a compiler that generates code
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
@@ -106,11 +103,6 @@ def total_in_jax(tree: Any) -> jax.Array:
 
 def is_float(a: Any) -> bool:
     return jnp.issubdtype(a.dtype, jnp.inexact)
-
-
-def rows(table: dict[str, Any]) -> Any:
-    """One test for each row of a table."""
-    return [pytest.param(*(row if isinstance(row, tuple) else (row,)), id=name) for name, row in table.items()]
 
 
 # --- values and gradients ---------------------------------------------------------------------------------------------
@@ -561,7 +553,19 @@ ODD = [
     "type",
     "a b",
 ]
-ODD += ["T_destination", "_parameters", "_modules", "requires_grad_", "é", "__init__", "0"]
+ODD += [
+    "read",
+    "write",
+    "to_jax",
+    "label",
+    "T_destination",
+    "_parameters",
+    "_modules",
+    "requires_grad_",
+    "é",
+    "__init__",
+    "0",
+]
 
 
 def spelled(key: str) -> str:
@@ -2321,18 +2325,8 @@ RUNS: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 def two_processes() -> None:
-    """One of the two: run everything in order, and print a line for each."""
-    import torch.distributed as dist
-
-    rank, meet = int(os.environ["RANK"]), "file://" + os.environ["MEET"]
-    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2, timeout=timedelta(seconds=30))
-    for name, run in RUNS.items():
-        try:
-            found = run()
-        except Exception:
-            found = {"raised": traceback.format_exc()}
-        print("\n" + json.dumps([name, found]), flush=True)
-    dist.destroy_process_group()
+    """One of the two."""
+    one_of_two(RUNS)
 
 
 @pytest.fixture(scope="module")
@@ -2341,28 +2335,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ranks(place: Path) -> Iterator[list[dict[str, Any]]]:
+def ranks(place: Path) -> list[dict[str, Any]]:
     """What each of the two processes found, by name."""
-    paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    common = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "MEET": str(place / "meet"), "WORLD_SIZE": "2"}
-    command = [sys.executable, "-c", "import test_module_in_torch as t; t.two_processes()"]
-    logs = [place / f"{rank}" for rank in range(2)]
-    environments = [os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    codes = processes_at_once(command, environments, logs, cwd=place, timeout=80)
-    found = []
-    for log, code in zip(logs, codes, strict=True):
-        text = log.read_text()
-        lines = [json.loads(line) for line in text.splitlines() if line.startswith('["')]
-        found.append(dict(lines) | {"exit": code, "tail": text[-2000:]})
-    return found
-
-
-def each(ranks: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """What the processes found under this name."""
-    for rank in ranks:
-        assert name in rank, f"not reached, exit {rank['exit']}\n{rank['tail']}"
-        assert "raised" not in rank[name], rank[name]["raised"]
-    return [rank[name] for rank in ranks]
+    return two_ranks("import test_module_in_torch as t; t.two_processes()", place)
 
 
 def test_both_processes_come_to_an_end(ranks: list[dict[str, Any]]) -> None:
