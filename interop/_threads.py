@@ -17,7 +17,7 @@ _config: Any = jax.config
 _forked = False
 
 # A function of the user may be entered from several threads of a compiled program; torch modules are not made for that.
-TAKING_TURNS: Any = threading.RLock()
+TAKING_TURNS: Any = threading.RLock()  # its underscored methods are those that `threading.Condition` calls
 has_turn: Callable[[], bool] = TAKING_TURNS._is_owned
 
 
