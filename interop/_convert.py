@@ -174,8 +174,7 @@ def torch_module_to_jax(model: torch.nn.Module, example_output: Any = None) -> t
     Returns:
         `apply(params, *args, **kwargs)` and `params`.
 
-    Raises:
-        As `make_functional` does.
+    It raises what `make_functional` does.
     """
     apply, params = make_functional(model, example_output=example_output)
     positional = functools.update_wrapper(functools.partial(by_position, apply, tuple(params)), apply)

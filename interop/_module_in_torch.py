@@ -74,8 +74,8 @@ class WrappedJaxFunction(torch.nn.Module, Generic[P, R_co]):
     Raises:
         OptionError: no parameters, two leaves of one name, `state` beside a model that has its own.
         LeafError: an array that can't cross, by its name.
-        At the call, what `as_torch`, `differentiable` and `jittable` raise, and OutputMismatchError for a new state
-        that is not of the structure, shapes and kinds of the old one.
+        OutputMismatchError: at the call, a new state that is not of the structure, shapes and kinds of the old one;
+            a call also raises what `as_torch`, `differentiable` and `jittable` do.
     """
 
     _scalar = False
@@ -293,7 +293,7 @@ class WrappedJaxScalarFunction(WrappedJaxFunction[P, R_co]):
         rngs: the same.
 
     Raises:
-        As `WrappedJaxFunction`, and OutputMismatchError for a value that is no scalar.
+        OutputMismatchError: at the call, a value that is no scalar; else what `WrappedJaxFunction` raises.
     """
 
     _scalar = True

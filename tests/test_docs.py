@@ -19,7 +19,9 @@ import pytest
 import torch
 from flax import linen, nnx
 
-from interop import WrappedJaxFunction, as_torch, differentiable, jittable
+import browse
+import site_hooks
+from interop import WrappedJaxFunction, as_jax, as_torch, differentiable, jittable, make_functional
 from test_transforms import GAPS
 from test_transforms import __file__ as TRANSFORMS
 
@@ -288,6 +290,121 @@ def compiled(fn):
     return torch.compile(fn, fullgraph=True, backend="aot_eager")
 
 
+# --- the table of limits ----------------------------------------------------------------------------------------------
+
+
+def asked_fullgraph() -> Any:
+    return compiled(as_torch(jnp.sin))(torch.ones(3))
+
+
+def asked_export() -> Any:
+    x = jax.ShapeDtypeStruct((3,), jnp.float32)
+    return jax.export.export(jax.jit(jittable(as_jax(torch.sin))))(x)
+
+
+def asked_export_of_a_lambda() -> Any:
+    class Doubled(torch.nn.Module):
+        double = staticmethod(jittable(as_torch(lambda x: 2 * x)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.double(x)
+
+    return torch.export.export(Doubled(), (torch.ones(3),))
+
+
+def asked_buffers() -> Any:
+    apply, params = make_functional(torch.nn.BatchNorm1d(2))
+    return apply(params, jnp.ones((3, 2)))
+
+
+def asked_lazy() -> Any:
+    return make_functional(torch.nn.LazyLinear(2))
+
+
+# (the host, what is asked, the question): each raises, and the table has what it says
+LIMITS: list[tuple[str, str, Callable[[], Any]]] = [
+    ("torch", "a gradient without `differentiable`", lambda: as_torch(jnp.sin)(torch.ones(3, requires_grad=True))),
+    ("torch", "`torch.compile(fullgraph=True)` without `jittable`", asked_fullgraph),
+    ("torch", "a double backward through a compiled function", lambda: BY_TORCH["double backward through a compiled function"][0](jittable(differentiable(as_torch(jnp.sin))), torch.ones(3, requires_grad=True))),
+    ("torch", "`torch.export` of a lambda", asked_export_of_a_lambda),
+    ("torch", "an integer that 32 bits don't hold", lambda: as_torch(jnp.negative)(torch.tensor(2**40))),
+    ("torch", "a sparse tensor", lambda: as_torch(jnp.sin)(torch.eye(2).to_sparse())),
+    ("torch", "a meta tensor, outside of a trace", lambda: as_torch(jnp.sin)(torch.ones(2, device="meta"))),
+    ("JAX", "a gradient without `differentiable`", lambda: jax.grad(as_jax(torch.sum))(jnp.ones(3))),
+    ("JAX", "`jax.jit` without `jittable`", lambda: jax.jit(as_jax(torch.sin))(jnp.ones(3))),
+    ("JAX", "`jax.export`", asked_export),
+    ("JAX", "shapes that depend on values", lambda: jax.jit(jittable(as_jax(torch.nonzero)))(jnp.ones(3))),
+    ("JAX", "a 64-bit float of torch, while JAX keeps 32", lambda: as_jax(torch.Tensor.double)(jnp.ones(3))),
+    ("JAX", "random numbers in `jax.checkpoint`, without `rng`", lambda: jax.grad(jax.checkpoint(lambda x: jittable(differentiable(as_jax(torch.dropout)))(x, 0.5, train=True).sum()))(jnp.ones(3))),
+    ("JAX", "a module that writes to its buffers", asked_buffers),
+    ("JAX", "a module that is not initialised", asked_lazy),
+]  # fmt: skip
+PAGE_OF_LIMITS = ROOT / "examples" / "support.md"
+LIMITS_BEGIN, LIMITS_END = "<!-- limits: written by tests/test_docs.py -->\n", "<!-- end of the limits -->"
+
+
+def limits_table() -> str:
+    """The rows, with what each question was answered."""
+    rows = [f"| {host} | {what} | {refusal(ask)} |" for host, what, ask in LIMITS]
+    return "\n".join(["| called from | asked | what is said |", "|---|---|---|", *rows, ""])
+
+
+def refusal(ask: Callable[[], Any]) -> str:
+    """The type of the exception, and the line of it that is ours, or the first; it is a defect if there is none."""
+    try:
+        ask()
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        said = next((line for line in lines if "Stack @" in line), lines[0])
+        return f"`{type(error).__name__}`: {said}".replace("|", "\\|")
+    raise AssertionError("that was answered")
+
+
+def with_limits(text: str) -> str:
+    """The page with the table as it should be."""
+    before, rest = text.split(LIMITS_BEGIN)
+    return before + LIMITS_BEGIN + limits_table() + LIMITS_END + rest.split(LIMITS_END)[1]
+
+
+def test_the_table_of_limits_is_what_is_said() -> None:
+    """`python tests/test_docs.py` writes it."""
+    assert PAGE_OF_LIMITS.read_text() == with_limits(PAGE_OF_LIMITS.read_text())
+
+
+# --- the site ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_site_builds_and_a_browser_finds_nothing_wrong(tmp_path: Path) -> None:
+    """Strictly: no link to nothing, no page that is nowhere. Where there is a browser, it looks at them all."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "index.html").is_file()
+    if browse.CHROMIUM and site_hooks.MERMAID.exists():
+        assert browse.browse(tmp_path) == []
+
+
+def test_a_page_that_points_at_nothing_is_found(tmp_path: Path) -> None:
+    """What looks for broken links finds those that there are."""
+    (tmp_path / "a.html").write_text('<a href="b.html#there"></a> <a href="b.html#not"></a> <img src="c.png">')
+    (tmp_path / "b.html").write_text('<p id="there"></p> <a href="https://example.org"></a>')
+    pages = {name: (browse.Page((tmp_path / name).read_text()), []) for name in ("a.html", "b.html")}
+    found = [wrong for name in pages for wrong in browse.broken(tmp_path, "http://127.0.0.1/", name, pages)]
+    assert found == [
+        "a.html: b.html#not has no such anchor",
+        "a.html: c.png is not there",
+        "b.html: https://example.org is on another server",
+    ]
+
+
+def test_a_section_of_the_readme_is_on_a_page_once() -> None:
+    text = site_hooks.on_page_markdown("<!-- README: Install -->\nafter")
+    assert "pip install" in text
+    assert text.endswith("\nafter")
+    with pytest.raises(LookupError, match="no section called 'Nothing'"):
+        site_hooks.on_page_markdown("<!-- README: Nothing -->")
+
+
 # --- programs ---------------------------------------------------------------------------------------------------------
 
 
@@ -309,3 +426,4 @@ def test_the_benchmarks_run() -> None:
 
 if __name__ == "__main__":
     README.write_text(with_support_table(README.read_text()))
+    PAGE_OF_LIMITS.write_text(with_limits(PAGE_OF_LIMITS.read_text()))
