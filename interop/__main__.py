@@ -18,6 +18,7 @@ import jax
 import torch
 
 import interop
+from interop._errors import named
 from interop._leaf import x64_enabled
 from interop._private import PUBLIC_ONLY
 from interop._private import jax as jax_private
@@ -49,11 +50,7 @@ def _asked(section: Callable[[], list[Line]]) -> list[Line]:
     try:
         return section()
     except Exception as error:  # noqa: BLE001 - whatever a broken installation raises
-        return [Line(section.__name__.replace("_", " "), "not known", _words(error))]
-
-
-def _words(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return [Line(section.__name__.replace("_", " "), "not known", named(error))]
 
 
 # --- versions ---------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from interop._derive import Flat, Static
-from interop._errors import AbstractEvalError, OutputMismatchError, UnsupportedError
+from interop._errors import AbstractEvalError, OutputMismatchError, UnsupportedError, named
 from interop._leaf import NUMPY_OF, TORCH_OF, WIDE_INTS, describe, narrow, traced_device
 from interop._private import torch as torch_private
 
@@ -81,8 +81,7 @@ def infer_torch(flat: Flat, avals: Sequence[Aval]) -> Outputs:
         if not torch_private.needs_values(error):
             raise
         raise AbstractEvalError(
-            f"the output shapes can't be inferred ({type(error).__name__}: {str(error).splitlines()[0]})",
-            hint="Declare them: @jittable(example_output=...)",
+            f"the output shapes can't be inferred ({named(error)})", hint="Declare them: @jittable(example_output=...)"
         ) from error
     return Outputs(found, structure, watch.seen)
 

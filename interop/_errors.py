@@ -16,7 +16,7 @@
     └── ForkError              (RuntimeError)         a crossing in a forked child of a process that runs JAX
 
 An error is raised low, where the reason is known, and completed once at the boundary, where the function and the path
-of the argument are known (`locate`).
+of the argument are known (`locate`). Each class has its section in `examples/errors.md`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class InteropError(Exception):
     """Base class of every error that the library raises on its own account.
 
     The text is assembled in one order: the guest function, the argument's path, what happened, what was got, what was
-    expected, the way out. Parts that are not known are left out.
+    expected, the way out, the place in the documentation. Parts that are not known are left out.
     """
 
     def __init__(
@@ -46,6 +46,12 @@ class InteropError(Exception):
         self.result: str | None = None
 
     def __str__(self) -> str:
+        if self.what.rstrip().endswith(self._place()):
+            return self.what  # made of another's text, as `DataLoader` does for its workers
+        return f"{self.words()} {self._place()}"
+
+    def words(self) -> str:
+        """The text without its place in the documentation: for a sentence that goes on."""
         argument = f"argument {self.argument}" if self.argument else None
         result = f"result{self.result}" if self.result is not None else None
         where = [part for part in (self.function, argument or result) if part]
@@ -53,6 +59,11 @@ class InteropError(Exception):
         head = ": ".join([*where, self.what])
         sentence = f"{head}: {', '.join(found)}" if found else head
         return f"{sentence}. {self.hint}" if self.hint else f"{sentence}."
+
+    def _place(self) -> str:
+        """The section on the class; of a class derived from it elsewhere, the same."""
+        ours = next(kind for kind in type(self).__mro__ if kind.__module__ == InteropError.__module__)
+        return f"[errors.md#{ours.__name__.lower()}]"
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self)!r})"  # Dynamo shows this of an error that it wraps
@@ -117,6 +128,12 @@ class NestedError(InteropError, RuntimeError):
 
 class ForkError(InteropError, RuntimeError):
     """A crossing in a forked child whose parent had started JAX: its threads do not survive the fork."""
+
+
+def named(error: BaseException) -> str:
+    """The type of an error and the first line of its text, for a sentence that goes on."""
+    text = error.words() if isinstance(error, InteropError) else str(error)
+    return f"{type(error).__name__}: {text.partition(chr(10))[0]}"
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from interop._abstract import Aval, Outputs, aval_of, kept_words
 from interop._convert import by_name, by_position
 from interop._crossing import Entry, crosses, entry_of, in_64_bits, located, needs_value
 from interop._derive import NOTHING, Mask
-from interop._errors import AbstractEvalError, InteropError, NotDifferentiableError, OptionError
+from interop._errors import AbstractEvalError, InteropError, NotDifferentiableError, OptionError, named
 from interop._leaf import argument_of, describe, refuse_two_devices
 from interop._marshal import Kind, Spec, StaticLeaf, Tree
 from interop._module_in_torch import WrappedJaxFunction
@@ -266,7 +266,7 @@ class _Host:
             if Kind.NUMBER in self.spec.kinds and not self.numbers_are_static and needs_value(error):
                 self.numbers_are_static = True
             else:
-                self.report.notes.append(f"its outputs can't be inferred: {type(error).__name__}: {_line(error)}")
+                self.report.notes.append(f"its outputs can't be inferred: {named(error)}")
         return None
 
     def _add_outputs(self, outputs: Outputs, how: str, why: str, gradient: Callable[[int], str]) -> None:
@@ -409,8 +409,9 @@ class _InJax(_Host):
             _in_jax.check_differentiable(flat, active)
             found = _in_jax.capture_or_reason(flat, avals, active) if outputs and any(active) else None
         except Exception as error:  # noqa: BLE001 - of the function: a derivative would raise it
-            words = located(error, self.record.name) if isinstance(error, InteropError) else _line(error)
-            report.gradient = f"refused: {type(error).__name__}: {words}"
+            if isinstance(error, InteropError):
+                located(error, self.record.name)
+            report.gradient = f"refused: {named(error)}"
             return
         report.gradient = "eagerly by torch's own graph of the call"
         if found is None:
@@ -441,10 +442,6 @@ def _paths(spec: Spec) -> list[str]:
 def _short(value: Any) -> str:
     words = repr(value)
     return words if len(words) <= 32 else f"{words[:29]}..."
-
-
-def _line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]
 
 
 def _listed(paths: Sequence[str]) -> str:

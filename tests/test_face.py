@@ -95,7 +95,9 @@ def test_errors_pickle() -> None:
     error.function, error.argument = "f", "x[0]"
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is interop.LeafError
-    assert str(again) == str(error) == "f: argument x[0]: what: got f32[2], expected f32[3]. Do this"
+    assert (
+        str(again) == str(error) == "f: argument x[0]: what: got f32[2], expected f32[3]. Do this [errors.md#leaferror]"
+    )
 
 
 def test_the_version_is_there() -> None:

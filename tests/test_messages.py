@@ -1,4 +1,4 @@
-"""The exact text of each kind of error: the function, the argument's path, what, got, expected, the way out."""
+"""The exact text of each kind of error: the function, the argument's path, what, got, expected, the way out, the page."""
 
 from __future__ import annotations
 
@@ -31,6 +31,11 @@ class Cache:
 
     def __init__(self, content: Any) -> None:
         self.content = content
+
+
+def place(kind: type[Exception]) -> str:
+    """How every text of this kind ends: with the section that explains it."""
+    return f" [errors.md#{kind.__name__.lower()}]"
 
 
 def params(leaf: Any) -> dict[str, Any]:
@@ -265,7 +270,7 @@ PROMISES: dict[str, Bad] = {
 def test_a_result_that_can_not_cross_is_named(result: Callable[[int], Any], text: str) -> None:
     with pytest.raises(interop.LeafError) as caught:
         as_torch(lambda x: {"r": result(0)})(x)
-    assert str(caught.value) == text
+    assert str(caught.value) == text + place(interop.LeafError)
 
 
 ALL = LEAVES | CONTAINERS | WIDE | LEVELS | OPTIONS | {f"bare {k}": v for k, v in VALUES.items()} | PROMISES
@@ -277,7 +282,7 @@ def test_text(bad: Callable[[], Any], kind: type[Exception], text: str) -> None:
     with pytest.raises(kind) as caught:
         bad()
     assert type(caught.value) is kind
-    assert str(caught.value) == text
+    assert str(caught.value) == text + place(kind)
     assert in_torch(params(x), x) == 6
     assert in_jax(params(a), a) == 6
 
@@ -288,6 +293,31 @@ def test_the_parts_are_attributes() -> None:
     error = caught.value
     assert (error.function, error.argument) == ("energy", "params['w'][0]")
     assert error.got == "i64[1]"
+
+
+# --- the place in the documentation -----------------------------------------------------------------------------------
+
+
+def test_the_place_is_that_of_the_class_or_of_the_nearest_of_ours() -> None:
+    class Finer(interop.PrecisionError):
+        """Of a user."""
+
+    assert str(interop.InteropError("no")) == "no. [errors.md#interoperror]"
+    assert str(Finer("no")) == "no. [errors.md#precisionerror]"
+
+
+def test_the_place_is_told_once_at_the_end() -> None:
+    """Also of an error that is made of the text of another, as `DataLoader` makes one of a worker's."""
+    error = interop.LeafError("no", hint="Do this")
+    again = interop.LeafError(f"Caught LeafError in a worker:\n{error}\n")
+    assert str(again) == f"Caught LeafError in a worker:\nno. Do this{place(interop.LeafError)}\n"
+
+
+def test_the_place_is_left_out_inside_a_sentence() -> None:
+    """The report of a call goes on after the reason why a gradient can't be captured."""
+    nested = as_jax(lambda t: differentiable(as_torch(jnp.sin))(t))
+    report = interop.explain(jittable(example_output=a)(differentiable(nested)), a)
+    assert report.gradient.endswith("it can't be captured (NotJittableError: sin: traced by torch. Stack @jittable)")
 
 
 # --- wrong calls ------------------------------------------------------------------------------------------------------

@@ -1914,7 +1914,7 @@ def test_the_whole_message() -> None:
         "    0.weight: got f32[3,8], expected f32[8,3]\n"
         "    4.bias: got float, expected f32[1]\n"
         "    extra: unknown\n"
-        "    0.bias: missing, expected f32[8]. Give every parameter by its name in named_parameters(), once"
+        "    0.bias: missing, expected f32[8]. Give every parameter by its name in named_parameters(), once [errors.md#leaferror]"
     )
 
 

@@ -22,7 +22,7 @@ import torch.utils._pytree as torch_pytree
 
 from interop._abstract import Aval, kept_words
 from interop._derive import NOTHING, Levels, Mask, Static
-from interop._errors import InteropError
+from interop._errors import InteropError, named
 from interop._in_jax._flat import TorchFlat
 from interop._in_jax._graph import Graph, ancestors, compiled, simplify
 from interop._in_jax._random import seeding
@@ -118,7 +118,7 @@ def _try_capture(flat: TorchFlat, avals: tuple[Aval, ...], active: Mask) -> Capt
     except Exception as error:
         if flat.levels.example_output is None and _is_of_the_user(error):
             raise
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        reason = named(error)
         tell(flat.name, "gradient recomputed, not captured (%s)", reason)
         return reason
 
