@@ -9,7 +9,7 @@ demo: .venv/installed
 
 # Each checks its own result, and draws its picture anew.
 examples: .venv/installed
-	for script in examples/*.py; do echo $$script && $(BIN)/python $$script || exit; done
+	for script in examples/*.py examples/scaling_out/*.py; do echo $$script && $(BIN)/python $$script || exit; done
 
 # Two processes; a file stays in one of them, with what it has set up.
 test: lint

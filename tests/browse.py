@@ -49,10 +49,13 @@ def browse(site: Path) -> list[str]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     root = f"http://127.0.0.1:{server.server_port}/"
     try:
-        pages = {path.relative_to(site).as_posix(): rendered(root, path.relative_to(site).as_posix()) for path in html(site)}
+        pages = {
+            path.relative_to(site).as_posix(): rendered(root, path.relative_to(site).as_posix()) for path in html(site)
+        }
         return [wrong for name in pages for wrong in [*pages[name][1], *broken(site, root, name, pages)]]
     finally:
         server.shutdown()
+        server.server_close()
 
 
 def html(site: Path) -> list[Path]:

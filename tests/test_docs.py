@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import os
 import re
 import subprocess
@@ -20,6 +21,7 @@ import torch
 from flax import linen, nnx
 
 import browse
+import interop
 import site_hooks
 from interop import WrappedJaxFunction, as_jax, as_torch, differentiable, jittable, make_functional
 from test_transforms import GAPS
@@ -369,6 +371,37 @@ def with_limits(text: str) -> str:
 def test_the_table_of_limits_is_what_is_said() -> None:
     """`python tests/test_docs.py` writes it."""
     assert PAGE_OF_LIMITS.read_text() == with_limits(PAGE_OF_LIMITS.read_text())
+
+
+# --- the page of errors -----------------------------------------------------------------------------------------------
+
+ERRORS = (ROOT / "examples" / "errors.md").read_text()
+SECTIONS = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", ERRORS, re.MULTILINE | re.DOTALL))
+ELSEWHERE = {"NestedError": "test_engines.py", "ForkError": "test_hazards.py"}  # what no block can show, and its tests
+KINDS = {name: kind for name, kind in vars(interop).items() if isinstance(kind, type) and issubclass(kind, Exception)}
+
+
+def test_every_error_has_its_section() -> None:
+    assert set(SECTIONS) == set(KINDS)
+
+
+@pytest.mark.parametrize("name", [name for name in SECTIONS if name not in ELSEWHERE])
+def test_a_section_makes_the_mistake_that_it_is_about(name: str) -> None:
+    """Whether its block runs, and what it prints, is tested with those of all pages."""
+    program = ast.parse(re.search(r"```python\n(.*?)```", SECTIONS[name], re.DOTALL)[1])
+    attempt = next(node for node in program.body if isinstance(node, ast.Try))
+    assert [handler.type.id for handler in attempt.handlers] == [name]
+    exec(compile(ast.Module(program.body[: program.body.index(attempt)], []), name, "exec"), scope := {})
+    with pytest.raises(KINDS[name]) as raised:
+        exec(compile(ast.Module(attempt.body, []), name, "exec"), scope)
+    assert name == "InteropError" or f"[errors.md#{name.lower()}]" in str(raised.value)
+    builtin = re.search(r"Also an? `(\w+)`", SECTIONS[name])
+    assert builtin is None or isinstance(raised.value, getattr(builtins, builtin[1]))
+
+
+@pytest.mark.parametrize(("name", "tests"), ELSEWHERE.items())
+def test_what_a_section_tells_is_tested_elsewhere(name: str, tests: str) -> None:
+    assert name in (Path(__file__).parent / tests).read_text()
 
 
 # --- the site ---------------------------------------------------------------------------------------------------------

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import re
 import shutil
+import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
@@ -54,6 +56,25 @@ def test_an_example_is_short_says_what_it_shows_and_checks_it(name: str) -> None
     assert len(lines) < 80
     assert "torch.set_num_threads(1)" in lines
     assert any(isinstance(node, ast.Assert) for node in ast.walk(program.body[-1]))
+
+
+@pytest.mark.parametrize("script", sorted((EXAMPLES / "scaling_out").glob("*.py")), ids=lambda path: path.stem)
+def test_a_script_of_two_processes_or_devices(script: Path) -> None:
+    """It is whole, short, shown on the page, and checks its own result."""
+    text = script.read_text()
+    assert len(text.splitlines()) < 40
+    assert "assert" in text
+    assert f'--8<-- "examples/scaling_out/{script.name}"' in (EXAMPLES / "scaling_out.md").read_text()
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout
 
 
 def test_every_picture_is_of_a_script_and_small() -> None:
