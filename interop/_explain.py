@@ -242,7 +242,9 @@ class _Host:
         self._add_leaves(crossed, gradients)
         self._add_retraces()
 
-    def _ways(self, given: Sequence[Leaf], impls: tuple[str | None, ...]) -> Iterator[tuple[Any, list[Leaf], list[int]]]:
+    def _ways(
+        self, given: Sequence[Leaf], impls: tuple[str | None, ...]
+    ) -> Iterator[tuple[Any, list[Leaf], list[int]]]:
         """The flat functions that a call tries, in order; what they are given, and which of the leaves that are."""
         every, kinds = list(range(len(given))), self.spec.kinds
         if Kind.NUMBER not in kinds or not self.numbers_are_static:
