@@ -127,7 +127,7 @@ class Entry:
         self.record = record
         self.host: Side = record.host or TORCH
         self.marshaller = Marshaller(record.function, name=record.name, static_argnames=record.static_argnames)
-        self.flatten_call = self.marshaller.flatten_call
+        self.flatten_call, self.plain_spec = self.marshaller.flatten_call, self.marshaller.plain.get
         self.own = Kind.TENSOR if self.host is TORCH else Kind.ARRAY
         self.engine_call: Any = (_in_torch if self.host is TORCH else _in_jax).call
         # In JAX a Python number is data of the call, given as it is. In torch it is dynamic until a trace needs its
@@ -137,7 +137,7 @@ class Entry:
         self.token = _compiled.register(self)
         _check_argnames(record, self.marshaller.signature)
 
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the guest function on host values."""
         outs, tree = self.flat_call(args, kwargs)
         return outs[0] if tree.single else tree.unflatten(outs)
@@ -145,11 +145,14 @@ class Entry:
     def flat_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Tree]:
         """The same, leaving the result flat."""
         spec: Spec | None = None
-        leaves: list[Leaf] = []
+        leaves: Sequence[Leaf] = args
         try:
             key = [] if self.rng is None else self.key(kwargs)
-            leaves, spec = self.flatten_call(args, kwargs)
-            flat = spec.memo.get("direct")
+            if not kwargs:
+                spec = self.plain_spec(tuple(map(type, args)))
+            if spec is None:
+                leaves, spec = self.flatten_call(args, kwargs)
+            flat = spec.direct
             if flat is None or key:
                 return self._call(leaves, spec, key)
             return self.engine_call(flat, leaves)
@@ -165,7 +168,7 @@ class Entry:
             raise TypeError(f"{self.record.name}() missing 1 required keyword-only argument: '{name}'")
         return [_key_data(kwargs.pop(name), name)]
 
-    def _call(self, leaves: list[Leaf], spec: Spec, key: list[Leaf]) -> Any:
+    def _call(self, leaves: Sequence[Leaf], spec: Spec, key: list[Leaf]) -> Any:
         """A first call, or one with a key, leaves that need converting, or numbers that have to be constants."""
         kinds = set(spec.kinds)
         has_numbers = Kind.NUMBER in kinds
@@ -174,7 +177,7 @@ class Entry:
             if is_heard():
                 self._tell_copies(leaves, spec)
         if kinds <= {self.own} and not key:
-            flat = spec.memo["direct"] = self.flat_of(spec, ())
+            flat = spec.direct = self.flat_of(spec, ())
             return self.engine_call(flat, leaves)
         impls: tuple[str | None, ...] = ()
         if not kinds <= {self.own, Kind.NUMBER}:
@@ -191,7 +194,7 @@ class Entry:
         self.bakes_numbers = True  # remembered because it helped: any other error is the user's
         return result
 
-    def _tell_copies(self, leaves: list[Leaf], spec: Spec) -> None:
+    def _tell_copies(self, leaves: Sequence[Leaf], spec: Spec) -> None:
         """Tell which of the leaves of a call are copied; all arguments of a torch function are."""
         if self.host is JAX:
             return
@@ -207,7 +210,7 @@ class Entry:
         found: Flat = _bounded(spec.memo, ("flat", impls), lambda: self.flat(spec, impls=impls))
         return found
 
-    def converted(self, leaves: list[Leaf], spec: Spec) -> tuple[list[Leaf], tuple[str | None, ...]]:
+    def converted(self, leaves: Sequence[Leaf], spec: Spec) -> tuple[Sequence[Leaf], tuple[str | None, ...]]:
         """The leaves as the host's own (arrays of the guest, of numpy, keys), and the implementations of the keys."""
         if not set(spec.kinds) - {self.own, Kind.NUMBER}:
             return leaves, ()
@@ -215,7 +218,7 @@ class Entry:
         impls = tuple(str(jax.random.key_impl(leaf)) if kind is Kind.KEY else None for leaf, kind in pairs)
         return [_given(self.host, leaf, kind, index) for index, (leaf, kind) in enumerate(pairs)], impls
 
-    def baked(self, leaves: list[Leaf], spec: Spec, impls: tuple[str | None, ...]) -> tuple[Flat, list[Leaf]]:
+    def baked(self, leaves: Sequence[Leaf], spec: Spec, impls: tuple[str | None, ...]) -> tuple[Flat, list[Leaf]]:
         """The function of one structure of call with its Python numbers as constants, and the other leaves."""
         pairs = list(zip(leaves, spec.kinds, strict=True))
         numbers = tuple(_concrete(leaf) for leaf, kind in pairs if kind is Kind.NUMBER)
@@ -223,7 +226,7 @@ class Entry:
         memo = ("baked", tuple((type(n), repr(n)) for n in numbers), impls)
         return _bounded(spec.memo, memo, lambda: self.flat(spec, numbers, impls)), rest
 
-    def _number_too_large(self, leaves: list[Leaf], spec: Any, error: OverflowError) -> OverflowError:
+    def _number_too_large(self, leaves: Sequence[Leaf], spec: Any, error: OverflowError) -> OverflowError:
         """JAX's refusal of a Python integer in the words of the library; any other error is the user's."""
         for index, kind in enumerate(spec.kinds):
             if kind is Kind.NUMBER and not x64_enabled() and _is_wide(leaves[index]):
@@ -566,7 +569,7 @@ class BoundCrossing(_Signed, wrapt.BoundFunctionWrapper):  # type: ignore[misc, 
         if torch.compiler.is_dynamo_compiling():
             return self._self_parent._self_method(instance, *args, **kwargs)
         bound = self._self_parent._self_bound(instance)
-        return self.__wrapped__(*args, **kwargs) if bound is None else bound(args, kwargs)
+        return self.__wrapped__(*args, **kwargs) if bound is None else bound.call(args, kwargs)
 
 
 class Crossing(_Signed, wrapt.FunctionWrapper):  # type: ignore[misc, type-arg]
@@ -586,7 +589,7 @@ class Crossing(_Signed, wrapt.FunctionWrapper):  # type: ignore[misc, type-arg]
         if is_dynamo_compiling():
             return _compiled.call(self._self_token, self._self_record.jittable, args, kwargs)
         entry = self._self_entry
-        return self.__wrapped__(*args, **kwargs) if entry is None else entry(args, kwargs)
+        return self.__wrapped__(*args, **kwargs) if entry is None else entry.call(args, kwargs)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         # Dynamo can't bind through wrapt; a partial of a plain object it can follow.
@@ -651,8 +654,9 @@ class _Opened:
         self.entry = entry
         self.instance = instance
 
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.entry((self.instance, *args), kwargs)
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the guest function on host values."""
+        return self.entry.call((self.instance, *args), kwargs)
 
     def flat_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Tree]:
         """The same, leaving the result flat."""

@@ -212,7 +212,7 @@ class _Report:
 class _Host:
     """What is the same in both hosts."""
 
-    def __init__(self, report: _Report, leaves: list[Leaf], spec: Spec, key: list[Leaf], names: _Names) -> None:
+    def __init__(self, report: _Report, leaves: Sequence[Leaf], spec: Spec, key: list[Leaf], names: _Names) -> None:
         self.report, self.entry, self.record = report, report.entry, report.record
         self.leaves, self.spec, self.key = leaves, spec, key
         self.names = names
@@ -223,7 +223,8 @@ class _Host:
     def explain(self) -> None:
         """Fill in the report."""
         gradients = [""] * len(self.leaves)
-        given, impls = self.leaves, tuple[str | None, ...]()
+        given: Sequence[Leaf] = self.leaves
+        impls: tuple[str | None, ...] = ()
         try:
             given, impls = self.entry.converted(self.leaves, self.spec)
         except InteropError as error:
@@ -241,7 +242,9 @@ class _Host:
         self._add_leaves(crossed, gradients)
         self._add_retraces()
 
-    def _ways(self, given: list[Leaf], impls: tuple[str | None, ...]) -> Iterator[tuple[Any, list[Leaf], list[int]]]:
+    def _ways(
+        self, given: Sequence[Leaf], impls: tuple[str | None, ...]
+    ) -> Iterator[tuple[Any, list[Leaf], list[int]]]:
         """The flat functions that a call tries, in order; what they are given, and which of the leaves that are."""
         every, kinds = list(range(len(given))), self.spec.kinds
         if Kind.NUMBER not in kinds or not self.numbers_are_static:

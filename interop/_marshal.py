@@ -581,10 +581,11 @@ class Spec:
         kinds: of the dynamic leaves, in order.
         argnames: the parameter that each dynamic leaf belongs to.
         memo: free for whoever calls: what was made for this structure.
+        direct: of that, what a call runs with its leaves as they are; None until it is known.
         plain: whether every argument is positional, and a leaf.
     """
 
-    __slots__ = ("argnames", "kinds", "memo", "names", "plain", "positional", "trees")
+    __slots__ = ("argnames", "direct", "kinds", "memo", "names", "plain", "positional", "trees")
 
     def __init__(self, positional: int, names: tuple[str, ...], trees: tuple[Tree, ...]) -> None:
         self.positional = positional
@@ -593,6 +594,7 @@ class Spec:
         self.kinds = tuple(kind for tree in trees for kind in tree.kinds)
         self.argnames = tuple(n.partition("[")[0] for n, tree in zip(names, trees, strict=True) for _ in tree.kinds)
         self.memo: dict[Any, Any] = {}
+        self.direct: Any = None
         self.plain = positional == len(trees) and all(tree.single for tree in trees)
 
     def unflatten(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -619,7 +621,9 @@ class Marshaller:
         self.bind, self.names = compile_binder(self.signature, name)
         self.static = frozenset(static_argnames)
         self.specs: dict[tuple[Any, ...], Spec] = {}
-        self.plain: dict[tuple[type, ...], Spec] = {}  # the same by the types of the arguments, where those tell
+        # The same by the types of positional arguments that are leaves, by far the commonest: that they can be bound is
+        # known then, and they are the leaves.
+        self.plain: dict[tuple[type, ...], Spec] = {}
         self.capacity = capacity
 
     def flatten_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Spec]:
@@ -630,10 +634,6 @@ class Marshaller:
             ContainerError: an argument that can't be opened.
         """
         positional, keywords = self.bind(*args, **kwargs)
-        if not keywords:  # by far the commonest call: leaves, and nothing around them
-            known = self.plain.get(tuple(map(type, positional)))
-            if known is not None:
-                return list(positional), known
         flattener = _Flattener(numbers_static=False)
         add, leaves, tokens = flattener.add, flattener.leaves, flattener.tokens
         try:

@@ -508,6 +508,16 @@ def test_a_wrong_call_raises_pythons_own_error(wrap: Callable[..., Any]) -> None
         assert not isinstance(caught.value, interop.InteropError)
 
 
+@pytest.mark.parametrize(("wrap", "leaf"), [(as_torch, torch.ones(2)), (as_jax, jnp.ones(2))], ids=["torch", "jax"])
+def test_a_wrong_call_is_refused_after_right_ones(wrap: Callable[..., Any], leaf: Any) -> None:
+    f = wrap(lambda x, y, *, sign=1: sign * (x + y))
+    assert f(leaf, y=leaf).tolist() == f(leaf, leaf).tolist() == [2, 2]
+    for args, kwargs in [((), {}), ((leaf,), {}), ((leaf,) * 3, {}), ((leaf, leaf), {"y": leaf})]:
+        with pytest.raises(TypeError, match="argument"):
+            f(*args, **kwargs)
+    assert f(leaf, leaf, sign=-1).tolist() == [-2, -2]
+
+
 def test_values_of_the_guest_and_of_numpy_pass() -> None:
     f = as_torch(lambda x, y: x + y)
     assert f(torch.ones(2), jnp.ones(2)).tolist() == [2, 2]

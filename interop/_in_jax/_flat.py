@@ -269,7 +269,8 @@ def run(flat: Flat, arrays: Sequence[jax.Array]) -> tuple[list[jax.Array], Stati
         check_promise(narrowed(outs, promised.avals), promised.avals, flat.name)
         check_structure(structure, promised.structure, flat.name)
     results = results_to_arrays(outs, structure)
-    check_finite(results, flat.name)
+    if _config.jax_debug_nans or _config.jax_debug_infs:
+        check_finite(results, flat.name)
     return results if home is None else [jax.device_put(result, home) for result in results], structure
 
 
@@ -293,7 +294,7 @@ def own(arrays: Sequence[jax.Array]) -> tuple[list[torch.Tensor], Any]:
         tensors = [
             _from_numpy(view.copy()) if (view := _asarray(a)).nbytes < SMALL else _from_capsule(_capsule_of(a)).clone()
             for a in arrays
-            if _device_of(a.sharding) in AT_HOME
+            if _device_of(a) in AT_HOME
         ]
         if len(tensors) == len(arrays):
             return tensors, None
@@ -344,13 +345,12 @@ def warn_gathered() -> None:
 
 def results_to_arrays(outs: Sequence[torch.Tensor], structure: Static) -> list[jax.Array]:
     """The results as arrays of their own; raises for one that can't cross."""
-    index = 0
     arrays: list[jax.Array] = []
     try:
-        for index, out in enumerate(outs):  # noqa: B007 - for the message
-            arrays.append(result_to_array(out))
+        for out in outs:
+            arrays.append(result_to_array(out))  # noqa: PERF401 - how many there are is for the message
     except InteropError as error:
-        raise in_result(error, structure, index)  # noqa: B904 - the same error, located
+        raise in_result(error, structure, len(arrays))  # noqa: B904 - the same error, located
     return arrays
 
 

@@ -38,8 +38,8 @@ ArrayImpl: Any = getattr(_jax, "ArrayImpl", None)
 import_capsule: Any = getattr(_jax, "dlpack_managed_tensor_to_buffer", None)
 
 
-# The device of a sharding on one; of any other, and without the private name, it raises `AttributeError`.
-device_of: Callable[[Any], Any] = operator.attrgetter("nowhere" if PUBLIC_ONLY else "_device")
+# The device of an array on one; of any other, and without the private names, it raises `AttributeError`.
+device_of: Callable[[Any], Any] = operator.attrgetter("nowhere" if PUBLIC_ONLY else "_sharding._device")
 
 
 def _public_capsule(array: jax.Array) -> Any:

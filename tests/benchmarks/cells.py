@@ -227,12 +227,14 @@ def as_jax_call(name: str) -> list[Row]:
 def as_jax_jit(name: str) -> list[Row]:
     """In a compiled program."""
     ours = jax.jit(jittable(as_jax(energy_in_torch)))
-    floor = floors.torch_callback(energy_in_torch, jax.ShapeDtypeStruct((), jnp.float32))
+    out = jax.ShapeDtypeStruct((), jnp.float32)
+    floor, careful = floors.torch_callback(energy_in_torch, out), floors.careful_callback(energy_in_torch, out)
     contestants = {
         "ours": lambda: ours(X_JAX, W_JAX).block_until_ready(),
         "bare buffer_callback": lambda: floor(X_JAX, W_JAX).block_until_ready(),
+        "with what we promise": lambda: careful(X_JAX, W_JAX).block_until_ready(),
     }
-    return ratios(name, contestants, {"bare buffer_callback": 1.15})
+    return ratios(name, contestants, {"bare buffer_callback": 1.15, "with what we promise": 1.15})
 
 
 class Residual(nn.Module):
