@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo examples test lint bench docs operators clean
+.PHONY: demo examples test lint bench docs operators smoke clean
 
 demo: .venv/installed
 	$(BIN)/python examples/quickstart.py
@@ -39,6 +39,14 @@ docs: .venv/mermaid.min.js
 operators: .venv/installed
 	$(BIN)/python tests/operators.py --write
 
+# The wheel where nothing else is installed.
+smoke: .venv/installed
+	rm -rf dist && $(BIN)/python -m hatchling build -d dist
+	$(PYTHON) -m venv --clear .venv-smoke
+	.venv-smoke/bin/python -m pip install --quiet --constraint constraints.txt torch==2.13.0 dist/*.whl
+	.venv-smoke/bin/python tests/smoke.py
+	cd .venv-smoke && bin/python -m interop
+
 # torch is pinned and installed first: an unpinned one would bring gigabytes of CUDA.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -47,4 +55,4 @@ operators: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache dist site
+	rm -rf .venv .venv-smoke .mypy_cache .pytest_cache .ruff_cache dist site
