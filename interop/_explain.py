@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -164,6 +165,8 @@ def _called(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any
             apply, names, params, *rest = args
             return _called(apply, (by_name(names, params), *rest), kwargs)
         return _called(fn.func, args, kwargs)
+    if isinstance(fn, types.MethodType):  # a class method, since Python 3.13: before, the crossing bound itself
+        return _called(fn.__func__, (fn.__self__, *args), kwargs)
     return fn, args, kwargs, _Names()
 
 

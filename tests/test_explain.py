@@ -684,7 +684,7 @@ def test_what_there_is_on_this_machine() -> None:
         *("python", "torch", "jax", "jaxlib", "numpy", "wrapt", "interop", "fast paths, torch", "fast paths, jax"),
         *("devices, torch", "devices, jax", "CUDA", "x64", "preallocation", "start method"),
     ]
-    assert report["torch"][0] == torch.__version__
+    assert torch.__version__.startswith(report["torch"][0])  # some wheels are for a device, and don't say it
     assert report["jax"] == (jax.__version__, "nothing to do: >=0.10.2,<0.11 is supported")
     assert report["interop"] == (interop.__version__, "nothing to do")
     assert report["fast paths, torch"] == ("10 of 10 active", "nothing to do")
