@@ -478,7 +478,7 @@ def test_an_integer_that_does_not_fit_is_named_with_its_argument(way: str) -> No
     with pytest.raises(OverflowError) as caught:
         CALLS[way](levels(energy), torch.ones(1, 2), torch.tensor([[0, 2**40]]))
     message = f"energy: argument params['n'][0]: the value {2**40} does not fit into int32: got i64[SHAPE]. "
-    message += "JAX keeps 32 bits: set jax.config.update('jax_enable_x64', True)"
+    message += "JAX keeps 32 bits: set jax.config.update('jax_enable_x64', True) [errors.md#narrowingerror]"
     assert re.sub(r"i64\[.*?\]\.", "i64[SHAPE].", str(caught.value)) == message
 
 
