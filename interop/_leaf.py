@@ -243,7 +243,7 @@ def view_of(t: torch.Tensor) -> Any:
     """
     dtype = t.dtype
     is_plain = type(t) in PLAIN and dtype in NUMPY_READS and t.is_cpu
-    if is_plain and not (t.is_neg() or (dtype is torch.complex64 and t.is_conj())):
+    if is_plain and not (t.is_neg() or (dtype is torch.complex64 and t.is_conj())):  # of those, the one complex dtype
         try:
             return None if t._is_zerotensor() else _view_of(_Lent(t))
         except (RuntimeError, TypeError, BufferError):

@@ -47,18 +47,16 @@ def browse(site: Path) -> list[str]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     root = f"http://127.0.0.1:{server.server_port}/"
     try:
-        pages = {
-            path.relative_to(site).as_posix(): rendered(root, path.relative_to(site).as_posix()) for path in html(site)
-        }
+        pages = {name: rendered(root, name) for name in names(site)}
         return [wrong for name in pages for wrong in [*pages[name][1], *broken(site, root, name, pages)]]
     finally:
         server.shutdown()
         server.server_close()
 
 
-def html(site: Path) -> list[Path]:
+def names(site: Path) -> list[str]:
     """The pages, but for the one that says that there is none."""
-    return sorted(path for path in site.rglob("*.html") if path.name != "404.html")
+    return sorted(path.relative_to(site).as_posix() for path in site.rglob("*.html") if path.name != "404.html")
 
 
 def rendered(root: str, name: str) -> tuple[Page, list[str]]:
@@ -84,7 +82,7 @@ def broken(site: Path, root: str, name: str, pages: dict[str, tuple[Page, list[s
             wrong.append(f"{name}: {target} is on another server")
         elif not (site / path).is_file():
             wrong.append(f"{name}: {target} is not there")
-        elif path in pages and unquote(url.fragment) not in pages[path][0].anchors | {"__"}:
+        elif path in pages and unquote(url.fragment) not in pages[path][0].anchors:
             wrong.append(f"{name}: {target} has no such anchor")
     return wrong
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+from programs import run_program
 
 torch.set_num_threads(1)
 
@@ -31,16 +28,6 @@ def run_python() -> Callable[..., str]:
     """Run a program in a fresh interpreter under a time limit; what it prints. Fails on a crash, a hang or an exception."""
 
     def run(program: str, *, timeout: float = 60, **environment: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(program)],
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
-            check=False,
-        )
-        assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}{done.stderr}"
-        return done.stdout
+        return run_program("-c", textwrap.dedent(program), timeout=timeout, **{"OMP_NUM_THREADS": "1"} | environment)
 
     return run

@@ -29,10 +29,15 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 
 def section(heading: str) -> str:
     """What the README says below a heading."""
-    found = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", README.read_text(), re.MULTILINE | re.DOTALL)
-    if found is None:
+    found = sections(README.read_text())
+    if heading not in found:
         raise LookupError(f"the README has no section called {heading!r}")
-    return found[1]
+    return found[heading]
+
+
+def sections(text: str) -> dict[str, str]:
+    """What a page says, by its headings."""
+    return dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
 
 
 def linked(text: str) -> str:

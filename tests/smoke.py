@@ -1,4 +1,4 @@
-"""What an installation has to do, with the run-time packages alone: `python -W error tests/smoke.py`."""
+"""What an installation has to do, with the run-time packages alone: `make smoke`."""
 
 from __future__ import annotations
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,10 +21,10 @@ import browse
 import interop
 import site_hooks
 from interop import WrappedJaxFunction, as_jax, as_torch, differentiable, jittable, make_functional
+from programs import ROOT, run_program
 from test_transforms import GAPS
 from test_transforms import __file__ as TRANSFORMS
 
-ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "examples").glob("*.md"))]
 
@@ -41,21 +38,6 @@ def blocks(language: str) -> list[Any]:
     ]
     rows = [(page, block.group(1), page.read_text()[: block.start(1)].count("\n")) for page, block in found]
     return [pytest.param(*row, id=f"{row[0].stem}-line{row[2]}") for row in rows]
-
-
-def run_file(path: str, *arguments: str, timeout: float) -> str:
-    """Run a program of the repository in a fresh interpreter; what it prints."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / path), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 # --- the pages --------------------------------------------------------------------------------------------------------
@@ -218,7 +200,6 @@ SHOWN_IN_JAX = [
     ("functions that write to their arguments, or return views", "test_callbacks.py::test_a_function_that_writes_or_returns_views_is_pure_in_jax"),
     ("exceptions that arrive as themselves, or, from a compiled program, in words", "test_callbacks.py::test_an_exception_in_the_users_own_program_is_in_the_message"),
 ]  # fmt: skip
-BEGIN, END = "<!-- support table: written by tests/test_docs.py -->\n", "<!-- end of the support table -->"
 
 
 def support_table() -> str:
@@ -242,15 +223,16 @@ def works(host: str, transform: str) -> str:
     return f"yes, but for {', '.join(sorted(missing))}" if missing else "yes"
 
 
-def with_support_table(text: str) -> str:
-    """The README with the table as it should be."""
-    before, rest = text.split(BEGIN)
-    return before + BEGIN + support_table() + END + rest.split(END)[1]
+def with_table(text: str, name: str, table: str) -> str:
+    """A page with the table between its two marks."""
+    begin, end = f"<!-- {name}: written by tests/test_docs.py -->\n", f"<!-- end of the {name} -->"
+    before, rest = text.split(begin)
+    return before + begin + table + end + rest.split(end)[1]
 
 
 def test_the_support_table_is_what_the_matrix_says() -> None:
     """`python tests/test_docs.py` writes it."""
-    assert README.read_text() == with_support_table(README.read_text())
+    assert README.read_text() == with_table(README.read_text(), "support table", support_table())
 
 
 @pytest.mark.parametrize("transform", [key for *_, keys in SUPPORT for key in keys.split(" | ")])
@@ -319,10 +301,6 @@ def asked_buffers() -> Any:
     return apply(params, jnp.ones((3, 2)))
 
 
-def asked_lazy() -> Any:
-    return make_functional(torch.nn.LazyLinear(2))
-
-
 # (the host, what is asked, the question): each raises, and the table has what it says
 LIMITS: list[tuple[str, str, Callable[[], Any]]] = [
     ("torch", "a gradient without `differentiable`", lambda: as_torch(jnp.sin)(torch.ones(3, requires_grad=True))),
@@ -339,10 +317,9 @@ LIMITS: list[tuple[str, str, Callable[[], Any]]] = [
     ("JAX", "a 64-bit float of torch, while JAX keeps 32", lambda: as_jax(torch.Tensor.double)(jnp.ones(3))),
     ("JAX", "random numbers in `jax.checkpoint`, without `rng`", lambda: jax.grad(jax.checkpoint(lambda x: jittable(differentiable(as_jax(torch.dropout)))(x, 0.5, train=True).sum()))(jnp.ones(3))),
     ("JAX", "a module that writes to its buffers", asked_buffers),
-    ("JAX", "a module that is not initialised", asked_lazy),
+    ("JAX", "a module that is not initialised", lambda: make_functional(torch.nn.LazyLinear(2))),
 ]  # fmt: skip
 PAGE_OF_LIMITS = ROOT / "examples" / "support.md"
-LIMITS_BEGIN, LIMITS_END = "<!-- limits: written by tests/test_docs.py -->\n", "<!-- end of the limits -->"
 
 
 def limits_table() -> str:
@@ -362,21 +339,14 @@ def refusal(ask: Callable[[], Any]) -> str:
     raise AssertionError("that was answered")
 
 
-def with_limits(text: str) -> str:
-    """The page with the table as it should be."""
-    before, rest = text.split(LIMITS_BEGIN)
-    return before + LIMITS_BEGIN + limits_table() + LIMITS_END + rest.split(LIMITS_END)[1]
-
-
 def test_the_table_of_limits_is_what_is_said() -> None:
     """`python tests/test_docs.py` writes it."""
-    assert PAGE_OF_LIMITS.read_text() == with_limits(PAGE_OF_LIMITS.read_text())
+    assert PAGE_OF_LIMITS.read_text() == with_table(PAGE_OF_LIMITS.read_text(), "limits", limits_table())
 
 
 # --- the page of errors -----------------------------------------------------------------------------------------------
 
-ERRORS = (ROOT / "examples" / "errors.md").read_text()
-SECTIONS = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", ERRORS, re.MULTILINE | re.DOTALL))
+SECTIONS = site_hooks.sections((ROOT / "examples" / "errors.md").read_text())
 ELSEWHERE = {"NestedError": "test_engines.py", "ForkError": "test_hazards.py"}  # what no block can show, and its tests
 KINDS = {name: kind for name, kind in vars(interop).items() if isinstance(kind, type) and issubclass(kind, Exception)}
 
@@ -409,9 +379,7 @@ def test_what_a_section_tells_is_tested_elsewhere(name: str, tests: str) -> None
 
 def test_the_site_builds_and_a_browser_finds_nothing_wrong(tmp_path: Path) -> None:
     """Strictly: no link to nothing, no page that is nowhere. Where there is a browser, it looks at them all."""
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_program("-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path, timeout=240)
     assert (tmp_path / "index.html").is_file()
     if browse.CHROMIUM and site_hooks.MERMAID.exists():
         assert browse.browse(tmp_path) == []
@@ -443,7 +411,7 @@ def test_a_section_of_the_readme_is_on_a_page_once() -> None:
 
 def test_the_quickstart_learns() -> None:
     """It fails by itself if it does not recognise 95 % of the digits, or if a derivative is off."""
-    printed = run_file("examples/quickstart.py", timeout=240)
+    printed = run_program("examples/quickstart.py", timeout=240)
     accuracies = re.findall(r"held-out accuracy (\d+\.\d)%", printed)
     assert len(accuracies) == 2
     assert min(map(float, accuracies)) > 95
@@ -454,9 +422,9 @@ def test_the_quickstart_learns() -> None:
 
 def test_the_benchmarks_run() -> None:
     """One cell that asserts nothing about time."""
-    assert "every target is met" in run_file("tests/benchmarks/bench.py", "retraces", timeout=120)
+    assert "every target is met" in run_program("tests/benchmarks/bench.py", "retraces", timeout=120)
 
 
 if __name__ == "__main__":
-    README.write_text(with_support_table(README.read_text()))
-    PAGE_OF_LIMITS.write_text(with_limits(PAGE_OF_LIMITS.read_text()))
+    README.write_text(with_table(README.read_text(), "support table", support_table()))
+    PAGE_OF_LIMITS.write_text(with_table(PAGE_OF_LIMITS.read_text(), "limits", limits_table()))

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import os
 import re
 import shutil
-import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
@@ -15,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from programs import ROOT, run_program
+
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 SHORT = [name for name in SCRIPTS if name != "quickstart"]  # which test_docs runs
@@ -65,16 +64,7 @@ def test_a_script_of_two_processes_or_devices(script: Path) -> None:
     assert len(text.splitlines()) < 40
     assert "assert" in text
     assert f'--8<-- "examples/scaling_out/{script.name}"' in (EXAMPLES / "scaling_out.md").read_text()
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout
+    assert run_program(script, timeout=120)
 
 
 def test_every_picture_is_of_a_script_and_small() -> None:

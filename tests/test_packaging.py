@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import tarfile
 import tomllib
 import zipfile
@@ -13,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import interop
+from programs import ROOT, run_program
 
-ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 RUN_TIME = {"torch", "jax", "jaxlib", "wrapt", "typing-extensions", "numpy"}
 
@@ -23,9 +20,7 @@ RUN_TIME = {"torch", "jax", "jaxlib", "wrapt", "typing-extensions", "numpy"}
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with both."""
     folder = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "hatchling", "build", "--directory", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_program("-m", "hatchling", "build", "--directory", folder, timeout=120)
     return folder
 
 
@@ -56,17 +51,8 @@ def test_the_wheel_works_from_where_it_is_unpacked(built: Path, tmp_path: Path) 
     """In an interpreter of its own; `make smoke` does the same where nothing else is installed."""
     (wheel,) = built.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", str(ROOT / "tests" / "smoke.py")],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert str(tmp_path) in done.stdout
+    program = ["-W", "error", "-W", "ignore::DeprecationWarning", ROOT / "tests" / "smoke.py"]  # torch.jit's own
+    assert str(tmp_path) in run_program(*program, timeout=240, cwd=tmp_path, PYTHONPATH=str(tmp_path))
 
 
 def test_the_version_is_in_one_place() -> None:

@@ -269,8 +269,7 @@ def run(flat: Flat, arrays: Sequence[jax.Array]) -> tuple[list[jax.Array], Stati
         check_promise(narrowed(outs, promised.avals), promised.avals, flat.name)
         check_structure(structure, promised.structure, flat.name)
     results = results_to_arrays(outs, structure)
-    if _config.jax_debug_nans or _config.jax_debug_infs:
-        check_finite(results, flat.name)
+    check_finite(results, flat.name)
     return results if home is None else [jax.device_put(result, home) for result in results], structure
 
 
