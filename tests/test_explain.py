@@ -19,7 +19,6 @@ import pytest
 import torch
 
 import interop
-from conftest import ROOT
 from interop import (
     WrappedJaxFunction,
     WrappedJaxScalarFunction,
@@ -35,6 +34,7 @@ from interop import (
 )
 from interop._leaf import describe, tensor_to_array
 from interop._private import torch as torch_private
+from programs import ROOT
 from tables import rows
 
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
