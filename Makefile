@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo examples test lint bench docs operators smoke clean
+.PHONY: demo examples test lint bench docs operators smoke speed clean
 
 demo: .venv/installed
 	$(BIN)/python examples/quickstart.py
@@ -24,6 +24,10 @@ lint: .venv/installed
 # All cells, or those whose names contain a word: make bench CELLS="vmap MLP"
 bench: .venv/installed
 	$(BIN)/python tests/benchmarks/bench.py $(CELLS)
+
+# The same as a page with pictures, examples/speed.md.
+speed: .venv/installed
+	$(BIN)/python tests/benchmarks/bench.py --write
 
 # The site, in site/. It asks no server: the script that draws its diagram is one of its own files.
 docs: .venv/mermaid.min.js

@@ -425,6 +425,13 @@ def test_the_benchmarks_run() -> None:
     assert "every target is met" in run_program("tests/benchmarks/bench.py", "retraces", timeout=120)
 
 
+def test_the_page_of_what_was_measured_has_every_cell() -> None:
+    cells = re.findall(r'^@cell\("(.+)"\)', (ROOT / "tests" / "benchmarks" / "cells.py").read_text(), re.MULTILINE)
+    page = (ROOT / "examples" / "speed.md").read_text()
+    assert len(cells) > 20
+    assert [name for name in cells if f"\n| {name}" not in page] == []
+
+
 if __name__ == "__main__":
     README.write_text(with_table(README.read_text(), "support table", support_table()))
     PAGE_OF_LIMITS.write_text(with_table(PAGE_OF_LIMITS.read_text(), "limits", limits_table()))

@@ -21,17 +21,24 @@ from tqdm import tqdm  # noqa: E402
 
 
 def main(wanted: list[str]) -> int:
-    """Run the cells whose name contains one of the words, or all of them; print the table."""
+    """Run the cells whose name contains one of the words, or all of them; print the table, or write its page too."""
+    writes = "--write" in wanted
+    wanted = [word for word in wanted if word != "--write"]
     chosen = {name: cell for name, cell in cells.CELLS.items() if not wanted or any(word in name for word in wanted)}
     if not chosen:
         print(f"no cell is called {' or '.join(wanted)}; there are: {', '.join(cells.CELLS)}")
         return 2
     print(HEADER)
-    missed: list[Row] = []
+    measured: list[Row] = []
     for name, cell in tqdm(chosen.items(), leave=False, disable=None):
         for row in rows(name, cell):
             tqdm.write(str(row))
-            missed += [] if row.met else [row]
+            measured.append(row)
+    if writes:
+        import page  # it draws: the measurements need none of that
+
+        page.write(measured)
+    missed = [row for row in measured if not row.met]
     print(f"{len(missed)} rows miss their target" if missed else "every target is met")
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -191,6 +192,37 @@ def as_torch_mlp(name: str) -> list[Row]:
     contestants = {"ours": ours, "pure JAX": lambda: jax.block_until_ready(own(*arrays))}
     torch.testing.assert_close(ours(), jax_to_torch(own(*arrays)))
     return ratios(name, contestants, {"pure JAX": 1.1})
+
+
+SIZES = (1, 16, 256, 4096)
+
+
+def sized(size: object) -> str:
+    """The name of a cell of this many examples."""
+    return f"as_torch MLP, forward + backward, examples: {size}"
+
+
+def as_torch_of_size(size: int) -> Cell:
+    """The same from one example on, beside both frameworks: where the crossing is all there is, and where it vanishes."""
+
+    @cell(sized(size))
+    def measure(name: str) -> list[Row]:
+        params, x, y = mlp_values()
+        x, y, own = x[:size].clone(), y[:size].clone(), mlp_loss(torch.tanh)
+        arrays = torch_to_jax((params, x, y), copy=True)
+        loss, alone = differentiable(as_torch(mlp_loss(jnp.tanh))), jax.jit(jax.value_and_grad(mlp_loss(jnp.tanh)))
+        contestants = {
+            "ours": lambda: torch.autograd.grad(loss(params, x, y), list(params.values())),
+            "pure torch": lambda: torch.autograd.grad(own(params, x, y), list(params.values())),
+            "pure JAX": lambda: jax.block_until_ready(alone(*arrays)),
+        }
+        return ratios(name, contestants, {"pure torch": math.inf, "pure JAX": math.inf})
+
+    return measure
+
+
+for _size in SIZES:
+    as_torch_of_size(_size)
 
 
 @cell("memory kept between forward and backward, MLP")
