@@ -28,6 +28,7 @@ from interop._errors import (
     UnsupportedError,
 )
 from interop._explain import explain
+from interop._marshal import register_leaf
 from interop._module_in_torch import WrappedJaxFunction, WrappedJaxScalarFunction
 from interop._types import Crossed, SupportsJax, SupportsTorch
 
@@ -60,6 +61,7 @@ __all__ = [
     "jax_to_torch",
     "jittable",
     "make_functional",
+    "register_leaf",
     "torch_module_to_jax",
     "torch_to_jax",
 ]

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from interop._errors import ContainerError, UnsupportedError
-from interop._marshal import Kind, flatten
+from interop._marshal import LEAVES, Kind, Unwrapped, flatten, unwrapped
+from interop._private import jax as jax_private
 from interop._private import torch as torch_private
 
 _ENTRIES: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
@@ -56,6 +57,9 @@ def call(name: str, jittable: bool, args: Any, kwargs: Any) -> Any:
 
 def _take_apart(x: Any, leaves: list[Any]) -> Any:
     """The structure of a value, in nested tuples of constants; its tensors and numbers go to the leaves."""
+    names = _functions_of_leaf(type(x))
+    if names:
+        return _opened(x, names, leaves)
     if isinstance(x, torch.Tensor) or (isinstance(x, int | float | complex) and not isinstance(x, bool)):
         leaves.append(x)
         return ("leaf", len(leaves) - 1)
@@ -72,7 +76,22 @@ def _take_apart(x: Any, leaves: list[Any]) -> Any:
     if hasattr(type(x), "__dataclass_fields__") and _is_plain_dataclass(type(x)):
         fields = [(field, _take_apart(getattr(x, field), leaves)) for field in _fields(type(x))]
         return ("dataclass", str(_intern(type(x))), *fields)
-    return ("passed", str(_intern(x)))
+    names = _functions_of_container(type(x))
+    return _opened(x, names, leaves) if names else ("passed", str(_intern(x)))
+
+
+def _opened(x: Any, names: Any, leaves: list[Any]) -> Any:
+    """The structure of an object of a registered type, by the functions that it was registered with."""
+    children, static = getattr(_Interned, names[0])(x)
+    parts = [_take_apart(child, leaves) for child in children]
+    return ("registered", names[1], _take_static(static), *parts)
+
+
+def _take_static(x: Any) -> Any:
+    """The structure of what holds no leaf."""
+    if type(x) is tuple:
+        return ("tuple", *[_take_static(item) for item in x])
+    return ("static", x) if isinstance(x, bool | int | float | str) or x is None else ("passed", str(_intern(x)))
 
 
 def _put_together(structure: Any, leaves: Sequence[Any]) -> Any:
@@ -92,6 +111,9 @@ def _put_together(structure: Any, leaves: Sequence[Any]) -> Any:
         )
     if kind == "named":
         return getattr(_Interned, structure[1])(*[_put_together(value, leaves) for value in structure[2:]])
+    if kind == "registered":
+        static, *children = [_put_together(value, leaves) for value in structure[2:]]
+        return getattr(_Interned, structure[1])(children, static)
     items = [_put_together(value, leaves) for value in structure[1:]]
     return tuple(items) if kind == "tuple" else items
 
@@ -100,11 +122,18 @@ def _put_together(structure: Any, leaves: Sequence[Any]) -> Any:
 
 
 def _opaque_body(name: str, structure: Any, *leaves: Any) -> tuple[torch.Tensor, ...]:
-    args, kwargs = _put_together(structure, leaves)
+    args, kwargs = _put_together(_fixed(structure), leaves)
     with torch_private.constants_allowed():  # an array of JAX or numpy among the arguments
         outs, tree = _ENTRIES[name].flat_call(args, kwargs)
-    _traced.structure = _constant(tree.unflatten([_Leaf(i) for i in range(len(tree.kinds))]) if tree else ())
+    _traced.structure = _constant(unwrapped(tree, [_Leaf(i) for i in range(len(tree.kinds))]) if tree else ())
     return tuple(outs)
+
+
+def _fixed(x: Any) -> Any:
+    """The structure with its numbers fixed for this graph, with a guard of torch's own."""
+    if isinstance(x, tuple):
+        return tuple(map(_fixed, x))
+    return int(x) if isinstance(x, torch.SymInt) else float(x) if isinstance(x, torch.SymFloat) else x
 
 
 def _eager_body(name: str, args: Any, kwargs: Any) -> Any:
@@ -140,6 +169,20 @@ def _fields(kind: type) -> tuple[str, ...]:
 def _is_plain_dataclass(kind: type) -> bool:
     """Whether its instances are made of its fields, by an `__init__` that Python wrote."""
     return bool(kind.__dataclass_params__.init) and not hasattr(kind, "tree_flatten")  # type: ignore[attr-defined]
+
+
+@torch_private.constant_result
+def _functions_of_leaf(kind: type) -> tuple[str, str] | None:
+    """The names of what opens an object of a registered leaf, and of what stands for it on its way."""
+    found = LEAVES.get(kind)
+    return found and (_intern(found.take_apart), _intern(found.stand_for))
+
+
+@torch_private.constant_result
+def _functions_of_container(kind: type) -> tuple[str, str] | None:
+    """The same of a container that is registered with either framework: what opens it, and what makes it again."""
+    found = torch_private.pytree_functions(kind) or jax_private.pytree_functions(kind)
+    return found and (_intern(found[0]), _intern(found[1]))
 
 
 # --- what can't be a constant of a graph ------------------------------------------------------------------------------
@@ -191,6 +234,9 @@ def _constant(value: Any) -> Any:
     kind = type(value)
     if kind is _Leaf:
         return ("leaf", value.index)
+    if kind is Unwrapped:
+        build = _intern(LEAVES[value.type].put_together)
+        return ("registered", build, _take_static(value.static), _constant(value.value))
     if kind is dict:
         return ("dict", *((key, _constant(item)) for key, item in value.items()))
     if kind in (tuple, list):
@@ -201,6 +247,10 @@ def _constant(value: Any) -> Any:
         return ("named", _intern(kind), *map(_constant, value))
     if hasattr(kind, "__dataclass_fields__") and _is_plain_dataclass(kind):
         return ("dataclass", _intern(kind), *((field, _constant(getattr(value, field))) for field in _fields(kind)))
+    found = torch_private.pytree_functions(kind) or jax_private.pytree_functions(kind)
+    if found:
+        children, static = found[0](value)
+        return ("registered", _intern(found[1]), _take_static(static), *map(_constant, children))
     raise UnsupportedError(
         f"a result of type {kind.__qualname__} can't be rebuilt inside torch.compile",
         hint="Return a tuple, list, dict, named tuple or dataclass there",

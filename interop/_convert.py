@@ -211,5 +211,6 @@ def _parameters_of(module: torch.nn.Module) -> dict[str, jax.Array]:
     arrays: dict[str, jax.Array] = {}
     for name, tensor in named.items():
         with blaming("make_functional", f"module.{name}"):
-            arrays[name] = copy_to_keep(tensor)
+            leaves, tree = flatten(tensor)
+            arrays[name] = tree.unflatten(list(map(copy_to_keep, leaves)))
     return arrays

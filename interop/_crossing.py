@@ -41,7 +41,7 @@ from interop._leaf import (
 )
 from interop._located import dump_spec, find, load_spec, locate, look_up
 from interop._log import is_heard, tell
-from interop._marshal import SINGLE_TENSOR, Kind, Marshaller, Spec, Tree, find_closed_over, flatten
+from interop._marshal import SINGLE_TENSOR, Kind, Marshaller, Spec, Tree, find_closed_over, flatten, is_container
 from interop._module_in_jax import ClosedOver, ModuleFunction
 from interop._private import torch as torch_private
 from interop._side import JAX, TORCH, Leaf, Leaves, Side
@@ -708,10 +708,10 @@ def _record_of(crossing: Any) -> Record:
 
 
 def _is_argument(instance: Any) -> bool:
-    """Whether a `self` is opened like any argument: a leaf, or a pytree that JAX knows."""
+    """Whether a `self` is opened like any argument: a leaf, or what is registered."""
     if isinstance(instance, torch.Tensor | jax.Array | np.ndarray):
         return True
-    return not isinstance(instance, type) and jax.tree_util.all_leaves([instance]) is False
+    return not isinstance(instance, type) and is_container(instance)
 
 
 def _reduced(crossing: Crossing) -> Any:

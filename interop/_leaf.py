@@ -291,7 +291,7 @@ def refuse_foreign(t: torch.Tensor) -> torch.Tensor:
 def _way_out(t: torch.Tensor) -> str:
     if hasattr(t, "to_local"):
         return "Pass its local part, x.to_local()"
-    return "Convert it to a plain torch.Tensor first"
+    return "Convert it to a plain torch.Tensor first, or say what it is made of: interop.register_leaf"
 
 
 def _dense(t: torch.Tensor, *, x64: bool) -> torch.Tensor:
@@ -425,6 +425,11 @@ def share_array(a: Any, *, copy: bool = False) -> torch.Tensor:
 
 def tensor_of_numpy(x: Any) -> torch.Tensor:
     """A numpy array or scalar as a tensor, copied: numpy's memory is the user's to write."""
+    if isinstance(x, np.ndarray) and type(x) not in (np.ndarray, np.memmap):  # a mask, a unit would be dropped
+        raise LeafError(
+            f"a numpy array of type {type(x).__module__}.{type(x).__qualname__} can't cross",
+            hint="Convert it to a plain numpy.ndarray first, or say what it is made of: interop.register_leaf",
+        )
     x = np.array(x)
     if x.dtype not in TORCH_OF:
         raise LeafError(f"a numpy array of dtype {x.dtype} can't cross")

@@ -17,7 +17,7 @@ import inspect
 import sys
 import types
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -61,13 +61,15 @@ _KINDS: dict[type, Kind | None] = {  # None: a container, or not met yet
 def _kind(x: Any) -> Kind | None:
     """The kind of a leaf, by its type; None for what may be a container."""
     t = type(x)
-    if isinstance(x, torch.Tensor):
-        kind = Kind.TENSOR
-    elif t is jax_private.ArrayImpl:
+    if isinstance(x, torch.Tensor):  # of a subclass, which may be registered later: not remembered
+        return Kind.TENSOR
+    if isinstance(x, np.ndarray):
+        return Kind.NUMPY
+    if t is jax_private.ArrayImpl:
         kind = Kind.ARRAY
     elif isinstance(x, jax.Array):  # a tracer, or a typed key
         return Kind.KEY if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else Kind.ARRAY
-    elif isinstance(x, np.ndarray | np.generic):
+    elif isinstance(x, np.generic):
         kind = Kind.NUMPY
     elif isinstance(x, enum.Enum | torch.dtype | torch.device | torch.Size | np.dtype | type):
         kind = Kind.STATIC
@@ -167,13 +169,13 @@ def _opaque(x: Any) -> StaticLeaf:
 def _blame(x: Any) -> tuple[str, ContainerError] | None:
     """Where in a pytree the object is that can't be flattened, and why; None if there is none."""
     opener = None if type(x) in _KINDS else _OPENERS.get(type(x)) or _opener_for(x)
-    opened = opener(x) if opener else None
-    if opened is None:
-        try:
+    try:
+        opened = opener(x) if opener else None
+        if opened is None:
             flatten(x)
-        except ContainerError as error:
-            return "", error
-        return None
+            return None
+    except ContainerError as error:
+        return "", error
     container, children = opened
     for name, child in zip(container.names, children, strict=True):
         found = _blame(child)
@@ -375,12 +377,11 @@ def _open_dataclass(x: Any) -> _Opened:
     return Container(t, None, tuple(f".{n}" for n in fields), build), [getattr(x, n) for n in fields]
 
 
-def _open_torch_registered(x: Any) -> _Opened:
+def _open_torch_registered(take_apart: Callable[..., Any], put_together: Callable[..., Any], x: Any) -> _Opened:
     """One level of a pytree that torch knows (ModelOutput, TensorDict, a user's own)."""
-    t = type(x)
-    children, context, build = torch_private.open_pytree(x)
+    children, context = take_apart(x)
     names = tuple(f"[{k!r}]" for k in x.keys()) if isinstance(x, dict) else _indices(len(children))  # noqa: SIM118
-    return Container(t, _hashable(context), names, build), children
+    return Container(type(x), _hashable(context), names, lambda c: put_together(c, context)), children
 
 
 def _open_batch_encoding(x: Any) -> _Opened:
@@ -408,6 +409,11 @@ _OPENERS: dict[type, Callable[[Any], _Opened]] = {
 }
 
 
+def is_container(x: Any) -> bool:
+    """Whether it is a container of JAX, or registered here."""
+    return type(x) in _OPENERS or jax.tree_util.all_leaves([x]) is False
+
+
 def open_container(x: Any) -> Any:
     """How this container is rebuilt from its children."""
     opener: Any = _OPENERS.get(type(x)) or _opener_for(x)
@@ -428,8 +434,10 @@ def _opener_for(x: Any) -> Callable[[Any], _Opened] | None:
         return _open_registered
     transformers = sys.modules.get("transformers")
     is_encoding = transformers is not None and isinstance(x, transformers.BatchEncoding)
-    if torch_private.is_registered_pytree(t) or is_encoding:
-        opener = _open_batch_encoding if is_encoding else _open_torch_registered
+    functions = torch_private.pytree_functions(t)
+    if functions or is_encoding:
+        of_torch = functools.partial(_open_torch_registered, *(functions or ()))
+        opener = _open_batch_encoding if is_encoding else of_torch
         if t.__module__.partition(".")[0] in _LIBRARIES:
             _register(t, opener)
             return _open_registered
@@ -458,6 +466,135 @@ class _Key:
 
     def __str__(self) -> str:
         return self.name
+
+
+# --- registered leaves ------------------------------------------------------------------------------------------------
+
+_T = TypeVar("_T")
+_BUILT_IN = frozenset(_KINDS)
+
+
+def register_leaf(
+    leaf_type: type[_T], /, unwrap: Callable[[_T], tuple[Any, Any]], wrap: Callable[[Any, Any], Any]
+) -> None:
+    """Say what a type of leaf is made of, so that it can cross.
+
+    For what neither framework opens: a subclass of `torch.Tensor`, an object that wraps an array. A container crosses
+    when it is registered with `jax.tree_util`, and needs this only to arrive as an object of another type.
+
+        class Length(torch.Tensor):
+            unit: str
+
+        @jax.tree_util.register_dataclass
+        @dataclass
+        class JaxLength:  # its twin
+            value: jax.Array
+            unit: str = field(metadata={"static": True})
+
+        def wrap(value, unit):
+            if not isinstance(value, torch.Tensor):
+                return JaxLength(value, unit)
+            length = value.as_subclass(Length)
+            length.unit = unit
+            return length
+
+        register_leaf(Length, lambda x: (x.as_subclass(torch.Tensor), x.unit), wrap)
+        register_leaf(JaxLength, lambda x: (x.value, x.unit), wrap)
+
+    A function that is called with a `Length` now gets a `JaxLength`, and what it returns arrives as a `Length`. Values
+    cross as ever: what is copied, differentiated and batched are the tensors that `unwrap` returns.
+
+    Args:
+        leaf_type: the type; its subclasses are other types.
+        unwrap: from an object of it, `(value, static)`. `value` is a plain tensor or array, or a pytree of them, and
+            `static` whatever else it takes to make the object again: numbers, strings and hashables, in any container.
+            Another `static` is another trace. It is called at every call, more than once, also on tracers: without side
+            effects, and by what torch can differentiate, so not by `.data` or `.detach()`.
+        wrap: from `value` and `static`, what stands for the object on the side where the value now is: on the side of
+            the object's own framework usually the object again, on the other one its twin, or the bare value.
+
+    Call it where the type is defined, once; from then on it holds in every thread. What neither framework lets through
+    its own transforms is opened inside of them: an argument or a result of `jax.jit` and its kin has to be registered
+    with `jax.tree_util` besides, and `torch.func` takes a subclass for a plain tensor. `torch.compile` traces both
+    functions, where it can trace the type at all; a torch function that makes a subclass by `as_subclass` needs
+    `jittable(example_output=...)` under `jax.jit`, because torch has no such fake tensor.
+
+    Raises:
+        OptionError: the type is registered already, or crosses anyway.
+        At the call, ContainerError: `unwrap` returned no pair, the object again, or a static with a value in it.
+    """
+    known: Any = leaf_type
+    if not isinstance(known, type):
+        raise OptionError("register_leaf of no type", got=describe(known), expected="a class")
+    if known in _OPENERS or known in _BUILT_IN or issubclass(known, jax.Array):
+        raise OptionError(f"{known.__qualname__} can't be registered", hint="It crosses already")
+    _KINDS.pop(known, None)
+    LEAVES[leaf_type] = _Functions.of(leaf_type, unwrap, wrap)
+    _OPENERS[leaf_type] = _open_leaf
+
+
+class _Functions(NamedTuple):
+    """What a type was registered with, and the same as what a container is registered with."""
+
+    unwrap: Callable[[Any], Any]
+    wrap: Callable[[Any, Any], Any]
+    take_apart: Callable[[Any], Any]
+    stand_for: Callable[[Any, Any], Any]  # an `Unwrapped`, in the place of the object
+    put_together: Callable[[Any, Any], Any]
+
+    @classmethod
+    def of(cls, t: type, unwrap: Callable[[Any], Any], wrap: Callable[[Any, Any], Any]) -> _Functions:
+        def take_apart(x: Any) -> Any:
+            value, static = unwrap(x)
+            return (value,), static
+
+        return cls(unwrap, wrap, take_apart, lambda c, s: Unwrapped(t, c[0], s), lambda c, s: wrap(c[0], s))
+
+
+LEAVES: dict[type, _Functions] = {}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Unwrapped:
+    """A registered leaf in its parts: stands for it where it can't be made."""
+
+    type: type
+    value: Any
+    static: Any
+
+
+def _open_leaf(x: Any) -> _Opened:
+    t = type(x)
+    made = LEAVES[t].unwrap(x)
+    if type(made) is not tuple or len(made) != 2:
+        raise ContainerError(f"unwrap of {t.__name__} returned no pair", got=describe(made), expected=_PAIR)
+    return _open_unwrapped(Unwrapped(t, *made))
+
+
+def _open_unwrapped(x: Unwrapped) -> _Opened:
+    t, wrap = x.type, LEAVES[x.type].wrap
+    if first(x.value, lambda y: type(y) is t):
+        raise ContainerError(f"unwrap of {t.__name__} returned a {t.__name__} again", expected=_PAIR)
+    leaves, static = flatten(x.static, numbers_static=True)
+    if leaves:
+        raise ContainerError(f"unwrap of {t.__name__} returned a static that holds a value",
+                             got=describe(leaves[0]), expected=_PAIR)  # fmt: skip
+    return Container(t, static, ("",), lambda c: wrap(c[0], static.unflatten(()))), (x.value,)
+
+
+_PAIR = "(value, static)"
+_OPENERS[Unwrapped] = _open_unwrapped
+
+
+def unwrapped(tree: Tree, leaves: Sequence[Any]) -> Any:
+    """The pytree with these leaves, and what is registered in its parts."""
+
+    def left_open(token: Any) -> Any:
+        if type(token) is not Container or token.type not in LEAVES:
+            return token
+        return dataclasses.replace(token, build=lambda c: Unwrapped(token.type, c[0], token.aux.unflatten(())))
+
+    return Tree(tuple(map(left_open, tree.tokens))).unflatten(leaves)
 
 
 # --- trees ------------------------------------------------------------------------------------------------------------

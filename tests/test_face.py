@@ -28,6 +28,8 @@ FACE = {
     "WrappedJaxScalarFunction",
     "make_functional",
     "torch_module_to_jax",
+    # types of other libraries
+    "register_leaf",
     # reports
     "explain",
     # types

@@ -59,7 +59,7 @@ LEAVES: dict[str, Bad] = {
         lambda: in_torch(params(x.as_subclass(Unknown)), x),
         interop.LeafError,
         f"energy: argument params['w'][0]: a tensor of type {__name__}.Unknown can't cross. "
-        "Convert it to a plain torch.Tensor first",
+        "Convert it to a plain torch.Tensor first, or say what it is made of: interop.register_leaf",
     ),
     "dtype": (
         lambda: in_torch(params(torch.ones(2, dtype=torch.complex32)), x),

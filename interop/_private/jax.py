@@ -17,18 +17,20 @@ _jax: Any = None
 _xla_bridge: Any = None
 _lax: Any = None
 _effects: Any = None
+_tree_util: Any = None
 _util: Any = None
 Primitive: Any = None
 if not PUBLIC_ONLY:
     try:
         from jax._src import effects as _effects
+        from jax._src import tree_util as _tree_util
         from jax._src import util as _util
         from jax._src import xla_bridge as _xla_bridge
         from jax._src.core import Primitive
         from jax._src.lax import lax as _lax
         from jaxlib import _jax  # type: ignore[no-redef]  # pyright: ignore[reportAttributeAccessIssue]
     except ImportError:  # a jax that moved them: every fallback below is public
-        _jax = _xla_bridge = _lax = _effects = _util = None
+        _jax = _xla_bridge = _lax = _effects = _tree_util = _util = None
 
 
 # The type of an array that is there; the fallback matches nothing, and every call takes the general path.
@@ -277,6 +279,22 @@ def dependences(program: Any) -> list[int]:
     return list(map(read, program.outvars))
 
 
+# --- containers -------------------------------------------------------------------------------------------------------
+
+_nodes: dict[type, Any] = getattr(_tree_util, "_registry", {})
+
+
+def pytree_functions(t: type) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """What a type was registered with: opens an object, builds one of children and static; None where nobody knows."""
+    node = _nodes.get(t)
+    return None if node is None else (node.to_iter, _children_first(node.from_iter))
+
+
+@functools.lru_cache(maxsize=1024)
+def _children_first(build: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda children, static: build(static, children)
+
+
 # --- what is there ----------------------------------------------------------------------------------------------------
 
 
@@ -290,5 +308,6 @@ def fast_paths() -> dict[str, bool]:
         "weak types of numbers": _lax is not None,
         "effects in compiled loops": _effects is not None,
         "caches that hold weakly": hasattr(_util, "weakref_cache_key_types"),
+        "pytrees inside torch.compile": bool(_nodes),
         "whether a backend runs": _xla_bridge is not None,
     }

@@ -334,16 +334,10 @@ _pytree: Any = None if PUBLIC_ONLY else importlib.import_module("torch.utils._py
 _nodes: dict[type, Any] = getattr(_pytree, "SUPPORTED_NODES", {})
 
 
-def is_registered_pytree(t: type) -> bool:
-    """Whether the type was registered with torch's pytrees; there is no public way to ask."""
-    return t in _nodes
-
-
-def open_pytree(x: Any) -> tuple[list[Any], Any, Callable[[list[Any]], Any]]:
-    """One level of a registered pytree: its children, its context, and the function that rebuilds it."""
-    node = _nodes[type(x)]
-    children, context = node.flatten_fn(x)
-    return list(children), context, lambda new: node.unflatten_fn(new, context)
+def pytree_functions(t: type) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """What a type was registered with: opens an object, builds one of children and static; None for any other type."""
+    node = _nodes.get(t)
+    return None if node is None else (node.flatten_fn, node.unflatten_fn)
 
 
 # --- transforms that know no autograd function ------------------------------------------------------------------------
