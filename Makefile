@@ -1,8 +1,9 @@
 # Needs nothing but Python 3.11 or newer and make: every target makes its own environment first.
 PYTHON ?= python3
+NEWEST_PYTHON ?= python3.13
 BIN := .venv/bin
 
-.PHONY: demo examples test lint bench docs operators smoke speed clean
+.PHONY: demo examples test test-oldest lint bench docs operators smoke speed clean
 
 demo: .venv/installed
 	$(BIN)/python examples/quickstart.py
@@ -14,6 +15,11 @@ examples: .venv/installed
 # Two processes; a file stays in one of them, with what it has set up.
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# The same with the oldest versions that pyproject.toml allows, and under the newest Python at hand.
+test-oldest: .venv-oldest/installed .venv-newest/installed
+	.venv-oldest/bin/python -m pytest -p no:anyio --numprocesses 2 --dist loadfile
+	.venv-newest/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -51,12 +57,24 @@ smoke: .venv/installed
 	.venv-smoke/bin/python tests/smoke.py
 	cd .venv-smoke && bin/python -m interop
 
-# torch is pinned and installed first: an unpinned one would bring gigabytes of CUDA.
 .venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(call install,$(PYTHON),constraints.txt)
+
+.venv-oldest/installed: pyproject.toml
+	mkdir -p .venv-oldest
+	sed -nE 's/^    "([a-z-]+)>=([0-9.]+).*/\1==\2/p' pyproject.toml > .venv-oldest/constraints.txt
+	$(call install,$(PYTHON),.venv-oldest/constraints.txt)
+
+.venv-newest/installed: pyproject.toml constraints.txt
+	$(call install,$(NEWEST_PYTHON),constraints.txt)
+
+# torch is pinned and installed first: an unpinned one would bring gigabytes of CUDA.
+define install
+	$(1) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --constraint $(2) torch==2.13.0
+	$(@D)/bin/python -m pip install --quiet --constraint $(2) --editable '.[dev]'
 	touch $@
+endef
 
 clean:
-	rm -rf .venv .venv-smoke .mypy_cache .pytest_cache .ruff_cache dist site
+	rm -rf .venv .venv-smoke .venv-oldest .venv-newest .mypy_cache .pytest_cache .ruff_cache dist site

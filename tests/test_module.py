@@ -37,7 +37,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import interop
 from hosts import HOSTS, numpy_of
-from interop import as_jax, jax_to_torch, make_functional, torch_module_to_jax, torch_to_jax
+from interop import as_jax, jax_to_torch, jittable, make_functional, torch_module_to_jax, torch_to_jax
 from interop._in_jax._random import seeding
 from tables import rows
 from together import at_once
@@ -1434,19 +1434,33 @@ class Draws(nn.Linear):
         return super().forward(x) * torch.rand(3, generator=self.generator)
 
 
-@pytest.mark.xfail(strict=True, reason="only torch's own generators are seeded and put back")
-def test_a_generator_of_the_modules_own() -> None:
-    """A key is all that counts, or it is refused; the generator stays where it was."""
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_a_generator_of_the_modules_own(wrap: Any) -> None:
+    """A key is all that counts; the generator stays where it was, and draws other numbers than torch's."""
     module = Draws()
-    before = module.generator.get_state()
+    own, torchs = module.generator.get_state(), torch.get_rng_state()
     apply, params = make_functional(module, rng="key")
-    try:
-        one, other = (apply(params, x, key=jax.random.key(0)) for _ in range(2))
-    except interop.InteropError as error:
-        assert "generator" in str(error)
-    else:
-        close(one, other)
-    assert torch.equal(module.generator.get_state(), before)
+    draw = wrap(lambda key: apply(params, x, key=key))
+    gradient = wrap(jax.grad(lambda w, key: apply({"weight": w, "bias": params["bias"]}, x, key=key).sum()))
+    for _ in range(2):
+        one, other = (draw(jax.random.key(seed)) for seed in (0, 1))
+        close(one, apply(params, x, key=jax.random.key(0)))
+        assert not jnp.allclose(one, other)
+        scale = one / (x @ params["weight"].T + params["bias"])
+        close(gradient(params["weight"], jax.random.key(0)), (scale[:, :, None] * x[:, None, :]).sum(0))
+    numbers = as_jax(lambda x: (x, torch.rand(3), torch.rand(3, generator=module.generator)), rng="key")
+    _, of_torch, of_module = wrap(jittable(numbers))(x, key=jax.random.key(0))
+    assert not jnp.allclose(of_torch, of_module)
+    assert torch.equal(module.generator.get_state(), own)
+    assert torch.equal(torch.get_rng_state(), torchs)
+
+
+def test_tracing_draws_nothing() -> None:
+    """Of a kernel that says less than it keeps a trial is run."""
+    apply, params = make_functional(nn.LSTM(3, 4, num_layers=2, dropout=0.5))
+    before = torch.get_rng_state()
+    jax.jit(jax.grad(lambda p: apply(p, jnp.ones((5, 3)))[0].sum())).lower(params)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 # --- the module stays as it is ----------------------------------------------------------------------------------------

@@ -278,7 +278,7 @@ class _Cut:
         backward = compiled(self.module, [*between, *self.cotangents], grads, narrow)
         key = self.flat.key
         return Capture(
-            self._flat(forward if key is None else _seeded(forward, key), "forward", key),
+            self._flat(forward if key is None else self._seeded(forward, key), "forward", key),
             self._flat(backward, "backward"),
             self.count,
             tuple(origins),
@@ -288,6 +288,15 @@ class _Cut:
             self._is_linear(between),
             key is None and any(map(_is_random, self.forward_nodes)),
         )
+
+    def _seeded(self, graph: Graph, key: int) -> Graph:
+        names_one = any(n.kwargs.get("generator") is not None for n in self.forward_nodes)
+
+        def seeded(*leaves: Leaf) -> Leaves:
+            with seeding(leaves[key], watch=names_one):
+                return graph.run(*leaves)
+
+        return Graph(seeded, plain=False)
 
     def _is_linear(self, between: Sequence[Any]) -> bool:
         active = {p for p, a in zip(self.primals, self.active, strict=True) if a}
@@ -300,7 +309,8 @@ class _Cut:
             raise TypeError("the shape of a residual depends on values")
         if any(_is_fused(n) or _is_narrow(n) for n in self.forward_nodes):
             zeros = [torch.zeros(a.shape, dtype=TORCH_OF[a.dtype], device=traced_device()) for a in self.avals]
-            values = list(forward(*zeros))[self.count :]
+            with seeding(_ANY_KEY):  # so that a trial draws nothing from the user's generators
+                values = list(forward(*zeros))[self.count :]
         return values
 
     def _flat(self, graph: Graph, kind: str, key: int | None = None) -> TorchFlat:
@@ -310,6 +320,9 @@ class _Cut:
 
         levels = Levels(differentiable=True, jittable=True)
         return TorchFlat(TORCH, flat_fn, f"{self.flat.name}.{kind}", levels, key=key, graph=graph)
+
+
+_ANY_KEY = torch.zeros(1, dtype=torch.int32)
 
 
 def _without_autocast() -> contextlib.AbstractContextManager[Any]:
@@ -339,11 +352,3 @@ def _is_fused(node: Any) -> bool:
 def _is_narrow(node: Any) -> bool:
     value = node.meta.get("val")
     return isinstance(value, torch.Tensor) and value.is_floating_point() and value.element_size() < 4
-
-
-def _seeded(graph: Graph, key: int) -> Graph:
-    def seeded(*leaves: Leaf) -> Leaves:
-        with seeding(leaves[key]):
-            return graph.run(*leaves)
-
-    return Graph(seeded, plain=False)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 from collections.abc import Generator
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from interop._errors import UnsupportedError
 from interop._private import jax as jax_private
@@ -43,22 +45,45 @@ def refused(name: str, where: str) -> UnsupportedError:
 
 
 @contextlib.contextmanager
-def seeding(key: torch.Tensor) -> Generator[None]:
-    """Seed torch's generators from a hash of a key's data, whatever its implementation; put back at the end."""
+def seeding(key: torch.Tensor, *, watch: bool = True) -> Generator[None]:
+    """Seed generators from a hash of a key's data, whatever its implementation; put back at the end.
+
+    Those of torch, and under `watch` each of the function's own, when it is first drawn from.
+    """
     # A batch of keys has no one value: `tolist` raises, and the batch is run as a loop.
     data: list[Any] = key.tolist()
-    words = b"".join(int(word).to_bytes(4, "little") for word in data)
-    seed = int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little")
+    own = _Own(b"".join(int(word).to_bytes(4, "little") for word in data))
     with TAKING_TURNS:  # the generators belong to the process
-        generators = [torch.default_generator, *_generators_of_gpus()]
-        before = [generator.get_state() for generator in generators]
-        for generator in generators:
-            generator.manual_seed(seed)
+        for generator in (torch.default_generator, *_generators_of_gpus()):
+            own.seed(generator, stream=0)
         try:
-            yield
+            with own if watch else contextlib.nullcontext():
+                yield
         finally:
-            for generator, state in zip(generators, before, strict=True):
+            for generator, state in own.before.items():
                 generator.set_state(state)
+
+
+class _Own(TorchFunctionMode):
+    """Sees every generator that is named in a call; the streams of two are not the same."""
+
+    def __init__(self, words: bytes) -> None:
+        super().__init__()
+        self.words = words
+        self.streams = itertools.count(1)
+        self.before: dict[torch.Generator, torch.Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if kwargs:
+            generator = kwargs.get("generator")
+            if generator is not None and generator not in self.before:
+                self.seed(generator, stream=next(self.streams))
+        return func(*args, **(kwargs or {}))
+
+    def seed(self, generator: torch.Generator, *, stream: int) -> None:
+        self.before[generator] = generator.get_state()
+        digest = hashlib.blake2b(self.words, digest_size=8, salt=stream.to_bytes(4, "little"))
+        generator.manual_seed(int.from_bytes(digest.digest(), "little"))
 
 
 def _generators_of_gpus() -> tuple[torch.Generator, ...]:
