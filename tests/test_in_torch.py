@@ -197,6 +197,18 @@ def test_a_retained_graph_is_walked_again() -> None:
     close(grad(out, (x, y)), first)
 
 
+def test_a_gradient_that_is_written_to_is_not_that_of_the_next_walk() -> None:
+    """The gradients of a cheap loss are computed with it: each walk of a retained graph has its own."""
+    x, y = point()
+    loss = differentiable(as_torch(lambda x, y: (jnp.sin(x) * y).sum()))(x, y)
+    expected = grad((torch.sin(x) * y).sum(), (x, y))
+    for retain_graph in (True, True, False):
+        found = grad(loss, (x, y), retain_graph=retain_graph)
+        close(found, expected)
+        for gradient in found:
+            gradient.zero_()
+
+
 NEEDS: dict[str, tuple[Fn, Fn]] = {
     "an input": (lambda x: x * x, lambda x: x * x),
     "an output": (jnp.exp, torch.exp),

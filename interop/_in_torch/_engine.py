@@ -331,6 +331,9 @@ def _scaled(flat: JaxFlat, plan: Plan, gradients: Sequence[jax.Array], cotangent
             resolve(cotangent)
         except InteropError as error:
             raise flat.locate(error)  # noqa: B904 - the same error; no frame above knows the function
+    view = None if _keeps_graph() else view_of(cotangent)  # of a retained graph, the gradients are asked for again
+    if view is not None and view.item() == 1:  # the cotangent of a loss: to look costs less than to multiply
+        return None, *[None if i is None else export(gradients[i]) for i in plan.gradients]
     return None, *[None if i is None else export(gradients[i]) * cotangent for i in plan.gradients]
 
 
