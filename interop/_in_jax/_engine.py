@@ -39,7 +39,7 @@ from interop._side import Leaf
 _Result: TypeAlias = "tuple[Sequence[jax.Array], Any]"
 _Tracer = jax.core.Tracer
 _Zero = ad.Zero
-ArrayImpl = jax_private.ArrayImpl
+ArrayImpl, _is_tracing = jax_private.ArrayImpl, jax_private.is_tracing
 
 
 # --- call -------------------------------------------------------------------------------------------------------------
@@ -50,6 +50,8 @@ def call(flat: TorchFlat, leaves: Sequence[Leaf]) -> _Result:
     for leaf in leaves:
         if type(leaf) is not ArrayImpl and isinstance(leaf, _Tracer):
             return _call_traced(flat, leaves)
+    if _is_tracing():  # a program is made, and the call is part of it, though nothing in it depends on the arguments
+        return _call_traced(flat, leaves)
     outs, structure = run(flat, leaves)
     return outs, structure.value
 

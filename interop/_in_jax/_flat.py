@@ -22,6 +22,7 @@ from interop._in_jax._ways import (
     again,
     composite,
     first_that_runs,
+    followed,
     jvp_by_autograd,
     jvp_by_transposes,
     loop,
@@ -110,7 +111,7 @@ class TorchFlat(Flat):
     @property
     def to_differentiate(self) -> FlatFn:
         """The function as autograd is to record it."""
-        return composite(self.fn) if self.order else self.fn
+        return composite(self.fn) if self.order else followed(self)
 
     def outputs(self, avals: tuple[Aval, ...]) -> Outputs:
         """What is known of the outputs for inputs of these avals, in the dtypes that JAX keeps."""
@@ -136,7 +137,7 @@ class TorchFlat(Flat):
         return self.memo(("jvp", nonzero), lambda: self._jvp(nonzero))
 
     def _jvp(self, nonzero: Mask) -> Self:
-        base = self.exact or self
+        base = self._followed()
         forward, twice = self._again(derive_jvp(base, nonzero)), self._again(jvp_by_transposes(base, nonzero))
         in_torchs_way = self._again(jvp_by_autograd(base, nonzero))
         name, once = f"{self.name}.jvp", base.order == 0
@@ -152,7 +153,7 @@ class TorchFlat(Flat):
         return self.memo(("vjp", nonzero, present), lambda: self._vjp(nonzero, present))
 
     def _vjp(self, nonzero: Mask, present: Mask) -> Self:
-        base = self.exact or self
+        base = self._followed()
         transpose = self._again(derive_vjp(base, nonzero, present))
         in_torchs_way = self._again(vjp_by_autograd(base, nonzero, present))
         ways = (*((transpose,) if base.order == 0 else ()), composite(transpose), in_torchs_way)
@@ -163,6 +164,10 @@ class TorchFlat(Flat):
             structure=NOTHING,
         )
         return vjp
+
+    def _followed(self) -> TorchFlat:
+        base = self.exact or self
+        return base if base.order else replace(base, fn=followed(base), memos={}, lock=threading.RLock())
 
     def _again(self, fn: FlatFn) -> FlatFn:
         return again(self, fn, keyed=self.key is not None)

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - as everybody calls it
 from torch.overrides import TorchFunctionMode
 
+from interop._abstract import aval_of, check_structure, infer_torch
 from interop._derive import NOTHING, Flat, FlatFn, Mask, Static, inexact_part, pick
-from interop._errors import AbstractEvalError, InteropError
+from interop._errors import AbstractEvalError, InteropError, NotDifferentiableError
 from interop._in_jax._random import refused
 from interop._log import tell
 from interop._private import torch as torch_private
@@ -69,6 +70,43 @@ def again(flat: Flat, fn: FlatFn, *, keyed: bool) -> FlatFn:
 
 
 # --- derivatives ------------------------------------------------------------------------------------------------------
+
+
+def followed(flat: Flat) -> FlatFn:
+    """The function, refused where its results are made of values that autograd has lost sight of.
+
+    A constant has the derivative zero, and so has what is detached; a number that was read from a tensor has another.
+    """
+
+    def run(*leaves: Leaf) -> tuple[Leaves, Static]:
+        outs, structure = flat.fn(*leaves)
+        promised = flat.levels.example_output
+        if promised:
+            check_structure(structure, promised(tuple(map(aval_of, leaves))).structure, flat.name)
+        if _is_followed(leaves) and not _is_followed(outs) and _needs_values(flat, leaves):
+            error = NotDifferentiableError(
+                "its result is made of values that autograd does not follow (.item(), float(x), .numpy(), torch.tensor)",
+                hint="Compute it by operations of torch; where zero is meant, use jax.lax.stop_gradient on the arguments",
+            )
+            error.function = flat.name
+            raise error
+        return outs, structure
+
+    return run
+
+
+def _is_followed(xs: Leaves) -> bool:
+    return any(x.requires_grad for x in xs) or torch_private.has_tangent(xs)
+
+
+def _needs_values(flat: Flat, leaves: Leaves) -> bool:
+    try:
+        infer_torch(flat, tuple(map(aval_of, leaves)))
+    except AbstractEvalError:
+        return True
+    except Exception:  # noqa: BLE001 - for another reason it can't be run here again
+        return False
+    return False
 
 
 def jvp_by_transposes(flat: Flat, nonzero: Mask) -> FlatFn:

@@ -14,6 +14,7 @@ import jax.core
 from interop._private import PUBLIC_ONLY
 
 _jax: Any = None
+_core: Any = None
 _xla_bridge: Any = None
 _lax: Any = None
 _effects: Any = None
@@ -22,6 +23,7 @@ _util: Any = None
 Primitive: Any = None
 if not PUBLIC_ONLY:
     try:
+        from jax._src import core as _core
         from jax._src import effects as _effects
         from jax._src import tree_util as _tree_util
         from jax._src import util as _util
@@ -30,7 +32,7 @@ if not PUBLIC_ONLY:
         from jax._src.lax import lax as _lax
         from jaxlib import _jax  # type: ignore[no-redef]  # pyright: ignore[reportAttributeAccessIssue]
     except ImportError:  # a jax that moved them: every fallback below is public
-        _jax = _xla_bridge = _lax = _effects = _tree_util = _util = None
+        _jax = _core = _xla_bridge = _lax = _effects = _tree_util = _util = None
 
 
 # The type of an array that is there; the fallback matches nothing, and every call takes the general path.
@@ -142,6 +144,22 @@ def allow_effect(kind: type) -> None:
 def is_exported(lowering: Any) -> bool:
     """Whether a program is lowered for `jax.export`; where it is not known, JAX refuses it in words of its own."""
     return bool(getattr(getattr(lowering.module_context, "lowering_parameters", None), "for_export", False))
+
+
+def _public_is_tracing() -> bool:
+    return isinstance(jax.lax.full((), 0), jax.core.Tracer)
+
+
+_contexts: Any = getattr(_core, "trace_ctx", None)
+_of_values: Any = getattr(_core, "eval_trace", None)
+
+
+def _private_is_tracing() -> bool:
+    return _contexts.trace is not _of_values
+
+
+# Whether an operation on values would be recorded: 0.1 us.
+is_tracing: Callable[[], bool] = _private_is_tracing if _contexts and _of_values else _public_is_tracing
 
 
 def eager_primitive(name: str) -> Any:
@@ -307,6 +325,7 @@ def fast_paths() -> dict[str, bool]:
         "the type of arrays": ArrayImpl is not None,
         "weak types of numbers": _lax is not None,
         "effects in compiled loops": _effects is not None,
+        "whether a trace is made": is_tracing is _private_is_tracing,
         "caches that hold weakly": hasattr(_util, "weakref_cache_key_types"),
         "pytrees inside torch.compile": bool(_nodes),
         "whether a backend runs": _xla_bridge is not None,
