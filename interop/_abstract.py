@@ -70,7 +70,7 @@ def infer_torch(flat: Flat, avals: Sequence[Aval]) -> Outputs:
         raise UnsupportedError(
             f"torch runs on shapes that are known: {_list(avals)}", hint="Trace it with numbers in the place of symbols"
         )
-    watch = torch_private.RandomnessWatch()
+    watch = torch_private.TraceWatch()
     try:
         # In anomaly mode a derivative would look at values.
         with torch_private.fake_mode(), watch, torch.autograd.set_detect_anomaly(mode=False):
@@ -83,7 +83,7 @@ def infer_torch(flat: Flat, avals: Sequence[Aval]) -> Outputs:
         raise AbstractEvalError(
             f"the output shapes can't be inferred ({named(error)})", hint="Declare them: @jittable(example_output=...)"
         ) from error
-    return Outputs(found, structure, watch.seen)
+    return Outputs(found, structure, watch.draws)
 
 
 def kept_words(

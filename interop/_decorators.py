@@ -106,9 +106,10 @@ def as_jax(
     Args:
         fn: a function of tensors, or anything callable; without it, the decorator with these options.
         static_argnames: arguments that are static whatever they are.
-        rng: the name of a keyword that the crossing then takes, a key of JAX (typed, or its data). torch's generator, and
-            any other that the function draws from, is seeded from it around the call, and put back: the function is
-            pure, and draws the same in forward and backward, eagerly and compiled. Over a batch, each example draws as it would alone.
+        rng: the name of a keyword that the crossing then takes, a key of JAX (typed, or its data). torch's generator,
+            and any other that the function draws from, is seeded from it around the call, and put back: the function is
+            pure, and draws the same in forward and backward, eagerly and compiled. Over a batch, each example draws as
+            it would alone.
         vmap: "auto" batches by `torch.func.vmap`, and by a loop where torch has no rule; "sequential" always loops.
         mutable: of a module: it returns `(out, buffers)`, with all its buffers by name as it left them. It starts from
             those in the mapping of parameters, else from its own, which are never written to.

@@ -390,7 +390,8 @@ def export(a: jax.Array) -> torch.Tensor:
 
 def array_to_tensor(a: Any) -> torch.Tensor:
     """A tensor over the memory of an array; a sharded one is gathered first. Raises `LeafError` where there is none."""
-    return export(local(a))
+    # A view of the array, which the user may delete: of the array itself, XLA would abort the process.
+    return _from_capsule(_array_capsule(local(a).addressable_data(0)))
 
 
 def local(a: Any) -> jax.Array:

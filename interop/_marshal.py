@@ -241,10 +241,15 @@ def first(x: Any, wanted: Callable[[Any], bool], depth: int = 0) -> tuple[str, A
 _DEPTH = 8  # deeper is the user's
 
 
-def find_closed_over(fn: Any, wanted: Callable[[Any], bool], given: Collection[str] = ()) -> str | None:
-    """The name of a value that a function reads and is not given: of its closure, globals, defaults, its `self`."""
+def find_closed_over(
+    fn: Any, wanted: Callable[[Any], bool], given: Collection[str] = (), seen: frozenset[int] = frozenset()
+) -> str | None:
+    """The name of a value that a function reads and is not given: of its closure, globals, defaults, its `self`.
+
+    Functions that it reads are followed, but for those of libraries.
+    """
     while isinstance(fn, functools.partial):
-        found = first(fn.args, wanted)
+        found = first([*fn.args, {k: v for k, v in fn.keywords.items() if k not in given}], wanted)
         if found:
             return f"argument{found[0]} of the partial"
         fn = fn.func
@@ -265,11 +270,23 @@ def find_closed_over(fn: Any, wanted: Callable[[Any], bool], given: Collection[s
     defaults = dict(zip(reversed(positional), reversed(fn.__defaults__ or ()), strict=False))
     defaults |= fn.__kwdefaults__ or {}
     read |= {name: value for name, value in defaults.items() if name not in given}
+    seen |= {id(fn)}
     for name, value in read.items():
         found = first(value, wanted)
         if found:
             return f"{name}{found[0]}"
+        if isinstance(value, types.FunctionType) and id(value) not in seen and not _is_of_library(value):
+            inner = find_closed_over(value, wanted, seen=seen)
+            if inner:
+                return f"{inner} of {name}"
     return None
+
+
+def _is_of_library(fn: types.FunctionType) -> bool:
+    return (fn.__module__ or "").partition(".")[0] in _KNOWN
+
+
+_KNOWN = sys.stdlib_module_names | {"flax", "interop", "jax", "numpy", "torch", "torchvision", "transformers"}
 
 
 @functools.lru_cache(maxsize=1024)

@@ -11,7 +11,7 @@ import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Generator, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.utils._pytree as torch_pytree
@@ -22,6 +22,8 @@ from interop._errors import LeafError, UnsupportedError
 from interop._leaf import WIDE_INTS, describe
 from interop._marshal import find_closed_over, first, slots_of
 from interop._private import torch as torch_private
+
+_T = TypeVar("_T")
 
 
 class ModuleFunction:
@@ -167,6 +169,9 @@ class _Training(threading.local):
     def now(self) -> tuple[bool, ...]:
         return self.traced or tuple(part.training for part in self.module.modules())
 
+    def tensors(self) -> list[torch.Tensor]:
+        return []  # every call has its own
+
     def by_part(self) -> dict[int, bool]:
         """The same by the identity of the part, in a compiled program; empty where the module itself says it."""
         return dict(zip(map(id, self.module.modules()), self.traced, strict=True)) if self.traced else {}
@@ -187,15 +192,22 @@ class ClosedOver:
         self.function = function
 
     def now(self) -> tuple[bool, ...]:
-        modules: list[torch.nn.Module] = []
+        return tuple(part.training for module in self._read(torch.nn.Module) for part in module.modules())
+
+    def tensors(self) -> list[torch.Tensor]:
+        modules = self._read(torch.nn.Module)
+        return [*self._read(torch.Tensor), *(t for m in modules for t in (*m.parameters(), *m.buffers()))]
+
+    def _read(self, kind: type[_T]) -> list[_T]:
+        found: list[_T] = []
 
         def collect(x: Any) -> bool:
-            if isinstance(x, torch.nn.Module):
-                modules.append(x)
+            if isinstance(x, kind):
+                found.append(x)
             return False  # go on looking
 
         find_closed_over(self.function, collect)
-        return tuple(part.training for module in modules for part in module.modules())
+        return found
 
     def under(self, modes: Any) -> Any:
         del modes  # the function reads the modules where they are

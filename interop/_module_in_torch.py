@@ -13,9 +13,10 @@ from torch import Tensor
 from typing_extensions import ParamSpec, TypeVar, Unpack
 
 from interop._crossing import refine
-from interop._errors import LeafError, OptionError, blaming
+from interop._errors import LeafError, OptionError, UnsupportedError, blaming
 from interop._leaf import array_to_tensor, copy_to_keep, describe, tensor_of_numpy
 from interop._models import MISSING, Applied, Form, Model, Structure, apart, taken_apart
+from interop._private import torch as torch_private
 from interop._side import TORCH
 from interop._types import Crossed, Names, OfParams, OfParamsAndState, SupportsTorch, Untyped, WrapperOptions
 
@@ -196,6 +197,7 @@ class WrappedJaxFunction(torch.nn.Module, Generic[P, R_co]):
         self.params = _held(params, leaves, trains=True, clone=clone_params)
         leaves, renewed = ([], None) if state is None else apart(state, "state")
         self.state = renewed and _held(renewed, leaves, trains=False, clone=True)
+        self._moves: bool | None = None  # whether a call in training leaves other random state; seen in the first
         self._function = Applied(function, params, renewed, has_aux=has_aux, scalar=self._scalar, rngs=self.rngs)
         self._crossed = refine(
             self._function, host=TORCH, differentiable=True, jittable=True, gradient_at_once=self._scalar
@@ -208,10 +210,26 @@ class WrappedJaxFunction(torch.nn.Module, Generic[P, R_co]):
             return self._crossed(own, *args, **kwargs)
         out, new = self._crossed(own, *args, **kwargs)
         if self.training:
-            with torch.no_grad():
-                for buffer, value in zip(self._state(), new, strict=True):
-                    buffer.copy_(value)
+            self._renew(new)
         return out
+
+    def _renew(self, new: Sequence[torch.Tensor]) -> None:
+        """Write the state of after the call to the buffers."""
+        pairs = list(zip(self._state(), new, strict=True))
+        if self._moves is None and not torch.compiler.is_compiling():  # keys and counts are the integers of a state
+            self._moves = any(not buffer.is_floating_point() and not buffer.equal(value) for buffer, value in pairs)
+        with torch.no_grad():
+            for buffer, value in pairs:
+                buffer.copy_(value)
+
+    def _refuse_again(self) -> None:
+        """Raise where a checkpoint runs it again: the random state of its first run nobody knows any more."""
+        error = UnsupportedError(
+            "a checkpoint runs it again with the random state that its first run has left: another mask",
+            hint="Call it outside of torch.utils.checkpoint, or draw from keys that it is given: rngs=...",
+        )
+        error.function = self._function.__name__
+        raise error
 
     def _own(self, count: int, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """What the module gives its function, and the keywords of a call with `count` arguments, its modes in them."""
@@ -223,6 +241,8 @@ class WrappedJaxFunction(torch.nn.Module, Generic[P, R_co]):
                 kwargs[flag] = self.training is in_training
         state = self._state()
         if self.training:
+            if self._moves and not torch.compiler.is_compiling() and torch_private.is_in_backward():
+                self._refuse_again()
             state = [x.clone() for x in state]  # the buffers are written to before a backward reads what it keeps
         return (params, state, self._seeds(params)), kwargs
 

@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import interop
+import tables
 from interop import as_jax, as_torch, differentiable, jittable
 from together import THREADS, at_once
 
@@ -403,6 +404,92 @@ def test_a_constant_that_is_written_later() -> None:
     for same, added in (eager, jitted):
         assert same.tolist() == [0] * 4
         assert added.tolist() == [0, 1, 2, 3]
+
+
+CONSTANT, COUNT, NORM = torch.ones(3, 4), torch.zeros(()), nn.BatchNorm1d(4)
+
+
+def _spectral(y: torch.Tensor) -> torch.Tensor:
+    CONSTANT.add_(1)
+    return torch.linalg.cholesky(y.T @ y + torch.eye(4)) * CONSTANT[:1].sum()
+
+
+# Each writes to what it closes over, in a way that torch can differentiate.
+WRITERS: dict[str, Fn] = {
+    "a constant": lambda x, y: CONSTANT.fill_(3.0) * x,
+    "and reads it": lambda x, y: CONSTANT.mul_(2.0) * x + CONSTANT * y,
+    "a counter": lambda x, y: x * COUNT.add_(1),
+    "from an argument": lambda x, y: (CONSTANT.copy_(x.detach()), CONSTANT * y)[1],
+    "batch norm": lambda x, y: NORM(x) ** 3,
+    "beside a check": lambda x, y: _spectral(y),
+    "a view": lambda x, y: (CONSTANT.view(-1).mul_(2.0), (CONSTANT * x))[1],
+    "a diagonal": lambda x, y: (CONSTANT.diagonal().add_(2.0), (CONSTANT * x))[1],
+}
+
+
+def _written() -> list[torch.Tensor]:
+    return [CONSTANT, COUNT, *NORM.buffers()]
+
+
+def _three_times(call: Fn) -> list[Any]:
+    CONSTANT.fill_(1)
+    COUNT.zero_()
+    NORM.reset_running_stats()
+    return [*(call() for _ in range(3)), *(t.clone() for t in _written())]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("fn", tables.rows(WRITERS))
+@pytest.mark.parametrize("way", ["call", "jit", "grad", "jit of grad", "jit of vmap of grad", "jvp", "second"])
+def test_what_a_function_closes_over_is_written_once_a_run(way: str, fn: Fn) -> None:
+    """As torch writes it, or the run is refused; a trace writes nothing."""
+    leaves, (a, b) = [t.requires_grad_() for t in operands()], map(array, operands())
+    f = levels(fn)
+    value = lambda a, b: (f(a, b) ** 2).sum()  # noqa: E731
+    ways: dict[str, Fn] = {
+        "call": f,
+        "jit": jax.jit(f),
+        "grad": jax.grad(value),
+        "jit of grad": jax.jit(jax.grad(value)),
+        "jit of vmap of grad": lambda a, b: jax.jit(jax.vmap(jax.grad(value)))(a[None], b[None])[0],
+        "jvp": lambda a, b: jax.jvp(f, (a, b), (a, b))[0],
+        "second": jax.jit(lambda a, b: jax.jvp(jax.grad(value), (a, b), (a, b))[0]),
+    }
+    if "grad" in way or way == "second":
+        native = lambda: torch.autograd.grad((fn(*leaves) ** 2).sum(), leaves[0], materialize_grads=True)[0]  # noqa: E731
+    else:
+        native = lambda: fn(*leaves).detach()  # noqa: E731
+    expected = _three_times(native)
+    for trace in (jax.eval_shape, lambda f, *x: jax.jit(f).lower(*x)):
+        before = [t.clone() for t in _written()]
+        trace(ways[way] if "vmap" not in way else f, a, b)
+        close(_written(), before)
+    try:
+        found = _three_times(lambda: ways[way](a, b))
+    except (interop.UnsupportedError, jax.errors.JaxRuntimeError) as error:
+        assert "closes over" in str(error) or "mutate a captured Tensor" in str(error)
+        assert way not in ("call", "jit", "grad")
+        assert way != "jit of grad" or fn in (WRITERS["from an argument"], WRITERS["a view"], WRITERS["a diagonal"])
+    else:
+        close(found, expected)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: torch.linalg.cholesky(x).sum(),
+        lambda x: torch.linalg.inv(0 * x).sum(),
+        lambda x: (torch._assert_async((x > 0).all()), x.sum())[1],
+    ],
+    ids=["factor", "inverse", "assertion"],
+)
+def test_what_torch_checks_is_checked_in_a_gradient(fn: Fn) -> None:
+    """Nobody reads what a check returns."""
+    gradient = jax.value_and_grad(levels(fn))
+    batched = jax.jit(jax.vmap(gradient))
+    for call in (gradient, jax.jit(gradient), lambda x: batched(x[None])):
+        with pytest.raises((RuntimeError, jax.errors.JaxRuntimeError)):
+            jax.block_until_ready(call(-jnp.eye(2)))
 
 
 VIEWS: dict[str, Callable[[torch.Tensor], Any]] = {

@@ -24,7 +24,7 @@ from interop._abstract import Aval, kept_words
 from interop._derive import NOTHING, Levels, Mask, Static
 from interop._errors import InteropError, named
 from interop._in_jax._flat import TorchFlat
-from interop._in_jax._graph import Graph, ancestors, compiled, simplify
+from interop._in_jax._graph import Graph, ancestors, compiled, reached, simplify
 from interop._in_jax._random import seeding
 from interop._leaf import TORCH_OF, WIDE_FLOATS, jax_dtype, traced_device, x64_enabled
 from interop._log import tell
@@ -184,6 +184,21 @@ _PARTS = frozenset({_ATEN.select.int, _ATEN.slice.Tensor, _ATEN._to_copy.default
 _SPLITS = frozenset({_ATEN.split.Tensor, _ATEN.split_with_sizes.default, _ATEN.unbind.int})
 
 
+def _keep_what_is_written_to(graph: torch.fx.Graph) -> None:
+    """Copy what a function closes over and writes to where it is read: the backward may come when it is another."""
+    written = {n.target for node in graph.nodes if torch_private.writes(node) for n in ancestors([node.args[0]])}
+    constants = [node for node in graph.nodes if node.op == "get_attr" and node.target in written]
+    aliases = reached(constants, lambda node: filter(torch_private.is_view, node.users))
+    for node in list(graph.nodes):
+        if node in aliases or torch_private.writes(node):
+            continue
+        for source in aliases & set(node.all_input_nodes):
+            with graph.inserting_before(node):
+                copy = graph.call_function(_ATEN.clone.default, (source,))
+            copy.meta = dict(source.meta)
+            node.replace_input_with(source, copy)
+
+
 class _Cut:
     """A joint graph cut into a forward and a backward."""
 
@@ -196,6 +211,7 @@ class _Cut:
         outputs: Sequence[Aval],
     ) -> None:
         simplify(module.graph)
+        _keep_what_is_written_to(module.graph)
         self.module, self.flat, self.avals, self.active, self.count = module, flat, avals, active, len(outputs)
         self.wanted = [aval for aval, a in zip(avals, active, strict=True) if a]
         self.inexact = tuple(aval for aval in outputs if aval.dtype.kind in "fcV")
@@ -205,7 +221,10 @@ class _Cut:
         results = list(next(node for node in nodes if node.op == "output").args[0])
         flattened, _ = torch_pytree.tree_flatten(results, is_leaf=lambda x: x is None)
         self.outs, self.grads = flattened[: self.count], flattened[self.count :]
-        self.forward_nodes = ancestors(self.outs)
+        self.acts = [node for node in nodes if torch_private.acts(node)]
+        if ancestors(self.acts) & set(self.cotangents):
+            raise TypeError("the gradient writes to what it closes over, or checks a value")
+        self.forward_nodes = ancestors([*self.outs, *self.acts])
         self.backward_nodes = ancestors(self.grads) - self.forward_nodes
         self._pull_up_items(nodes)
         self._make_again(nodes)
@@ -263,7 +282,7 @@ class _Cut:
         ]  # fmt: skip
         if any(_is_random(n) for n in self.backward_nodes):
             raise TypeError("the gradient draws random numbers")
-        forward = compiled(self.module, self.primals, [*self.outs, *new])
+        forward = compiled(self.module, self.primals, [*self.outs, *new], acts=self.acts)
         if any(map(_is_fused, self.forward_nodes)):  # else the kernel leaves out the workspace that its backward reads
             forward = replace(forward, run=torch.enable_grad()(forward.run))
         values = self._residual_values(forward.run, new)
@@ -319,7 +338,8 @@ class _Cut:
                 return graph.run(*leaves), NOTHING
 
         levels = Levels(differentiable=True, jittable=True)
-        return TorchFlat(TORCH, flat_fn, f"{self.flat.name}.{kind}", levels, key=key, graph=graph)
+        name, modes = f"{self.flat.name}.{kind}", self.flat.modes
+        return TorchFlat(TORCH, flat_fn, name, levels, modes=modes, key=key, graph=graph)
 
 
 _ANY_KEY = torch.zeros(1, dtype=torch.int32)

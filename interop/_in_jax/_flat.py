@@ -65,6 +65,10 @@ class Modes(Protocol):
         """As it is."""
         ...
 
+    def tensors(self) -> list[torch.Tensor]:
+        """What it reads beside its arguments, and may write to."""
+        ...
+
     def under(self, modes: Any) -> Any:
         """A context in which the function runs as it was when these were."""
         ...
@@ -142,8 +146,8 @@ class TorchFlat(Flat):
         in_torchs_way = self._again(jvp_by_autograd(base, nonzero))
         name, once = f"{self.name}.jvp", base.order == 0
         ways = (*((forward,) if once else ()), composite(forward), twice, composite(twice), in_torchs_way)
-        quick = self._derived("jvp", first_that_runs(name, *ways), base.order + 1)
-        exact = first_that_runs(name, composite(twice), twice, in_torchs_way)
+        quick = self._derived("jvp", first_that_runs(name, self.closed_over, *ways), base.order + 1)
+        exact = first_that_runs(name, self.closed_over, composite(twice), twice, in_torchs_way)
         quick.exact = self._derived("jvp", exact, base.order + 2)
         quick.known = quick.exact.known = lambda avals: _some(self.outputs(tuple(avals[: len(nonzero)])), is_inexact)
         return quick
@@ -157,7 +161,7 @@ class TorchFlat(Flat):
         transpose = self._again(derive_vjp(base, nonzero, present))
         in_torchs_way = self._again(vjp_by_autograd(base, nonzero, present))
         ways = (*((transpose,) if base.order == 0 else ()), composite(transpose), in_torchs_way)
-        vjp = self._derived("vjp", first_that_runs(f"{self.name}.vjp", *ways), base.order + 1)
+        vjp = self._derived("vjp", first_that_runs(f"{self.name}.vjp", self.closed_over, *ways), base.order + 1)
         vjp.known = lambda avals: replace(
             self.outputs(tuple(avals[: len(nonzero)])),
             avals=tuple(aval for aval, active in zip(avals, nonzero, strict=False) if active),
@@ -169,8 +173,12 @@ class TorchFlat(Flat):
         base = self.exact or self
         return base if base.order else replace(base, fn=followed(base), memos={}, lock=threading.RLock())
 
+    def closed_over(self) -> list[torch.Tensor]:
+        """The tensors that it reads and is not given."""
+        return self.modes.tensors() if self.modes else []
+
     def _again(self, fn: FlatFn) -> FlatFn:
-        return again(self, fn, keyed=self.key is not None)
+        return again(self.name, fn, self.closed_over, keyed=self.key is not None)
 
     def vmap(self, in_axes: Axes) -> Self:
         """The function over a batch: by `torch.func.vmap`, or by a loop where asked for, or torch has no rule."""
@@ -183,7 +191,7 @@ class TorchFlat(Flat):
         ways = (loop(self, in_axes),) if self.levels.vmap == "sequential" else (
             by_rule, composite(by_rule, values=True), loop(self, in_axes)
         )  # fmt: skip
-        batched = self._derived("vmap", first_that_runs(f"{self.name}.vmap", *ways), self.order)
+        batched = self._derived("vmap", first_that_runs(f"{self.name}.vmap", self.closed_over, *ways), self.order)
         batched.origin = self.origin or self
         batched.exact = self.exact and self.exact.vmap(in_axes)
         batched.known = lambda avals: _batched(self, avals, in_axes)
@@ -275,7 +283,7 @@ def run(flat: Flat, arrays: Sequence[jax.Array]) -> tuple[list[jax.Array], Stati
         check_structure(structure, promised.structure, flat.name)
     results = results_to_arrays(outs, structure)
     check_finite(results, flat.name)
-    return results if home is None else [jax.device_put(result, home) for result in results], structure
+    return at_home(results, home), structure
 
 
 def check_finite(results: Sequence[jax.Array], name: str) -> None:
@@ -304,10 +312,15 @@ def own(arrays: Sequence[jax.Array]) -> tuple[list[torch.Tensor], Any]:
             return tensors, None
     except (AttributeError, TypeError, ValueError, RuntimeError, BufferError):
         pass  # a Python number, or an array to refuse
-    return [t.clone() for t in tensors_of(arrays)], _home_of(arrays)
+    return [t.clone() for t in tensors_of(arrays)], home_of(arrays)
 
 
-def _home_of(arrays: Sequence[Any]) -> Any:
+def at_home(results: list[jax.Array], home: Any) -> list[jax.Array]:
+    """The results where they belong."""
+    return results if home is None else [jax.device_put(result, home) for result in results]
+
+
+def home_of(arrays: Sequence[Any]) -> Any:
     """Where results of these arguments belong: on the mesh of one that is on several devices, or on their device."""
     shardings = [a.sharding for a in arrays if isinstance(a, jax.Array)]
     for sharding in shardings:

@@ -19,11 +19,12 @@ _AS_IS: Mapping[Any, torch.dtype] = {}
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """A captured graph: it keeps nothing, and writes to nothing that it is given.
+    """A captured graph: it keeps nothing, and writes to nothing that it is given, but to what the function closes over.
 
     Attributes:
         run: tensors to tensors. Every cast and every gradient is in it: autograd and autocast have no part in it.
-        plain: whether it is made of torch's own operations alone, so that no Python of others runs in it.
+        plain: whether it is made of torch's own operations alone, so that no Python of others runs in it, and writes to
+            nothing.
     """
 
     run: Callable[..., Leaves]
@@ -111,28 +112,31 @@ def compiled(
     inputs: Sequence[Any],
     outputs: Sequence[Any],
     given: Mapping[Any, torch.dtype] = _AS_IS,
+    acts: Sequence[Any] = (),
 ) -> Graph:
     """The part of a module between these nodes; an output that is no node is a function that makes it.
 
-    Some inputs may be `given` in another dtype than they have in the graph: they are cast to this one first.
+    Some inputs may be `given` in another dtype than they have in the graph: they are cast to this one first. What
+    `acts` runs for what it does.
     """
     code = _Code(module)
-    needed = ancestors(outputs, inputs)
+    needed = ancestors([*outputs, *acts], inputs)
     nodes = [
         node for node in module.graph.nodes if node in needed and node.op == "call_function" and node not in inputs
     ]
-    last = {source: node for node in nodes for source in node.all_input_nodes}
+    last = {source: node for node in nodes for source in (*node.all_input_nodes, node)}
     parameters = list(map(code.name, inputs))
     for node, dtype in given.items():
         code.line(f"{code.name(node)} = {code.name(node)}.to({code.constant(dtype)})")
     for node in nodes:
         code.call(node)
-        dead = [x for x in node.all_input_nodes if last[x] is node and x not in outputs and x.op != "get_attr"]
+        dead = [x for x in (*node.all_input_nodes, node) if last[x] is node and x not in outputs and x.op != "get_attr"]
         if dead:
             code.line(f"del {', '.join(map(code.name, dead))}")
     outs = [code.value(out) if isinstance(out, torch.fx.Node) else f"{code.constant(out)}()" for out in outputs]
     code.line(f"return ({''.join(f'{out}, ' for out in outs)})")
-    return Graph(code.function(parameters), all(_is_plain(node.target) for node in nodes))
+    plain = all(_is_plain(node.target) for node in nodes) and not any(map(_writes, acts))
+    return Graph(code.function(parameters), plain)
 
 
 def _is_plain(target: Any) -> bool:

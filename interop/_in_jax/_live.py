@@ -17,7 +17,15 @@ import numpy as np
 import torch
 
 from interop._derive import Mask, Static
-from interop._in_jax._flat import TorchFlat, check_finite, result_to_array, results_to_arrays, tensors_of
+from interop._in_jax._flat import (
+    TorchFlat,
+    at_home,
+    check_finite,
+    home_of,
+    result_to_array,
+    results_to_arrays,
+    tensors_of,
+)
 from interop._leaf import array_to_tensor, copy_tensor
 from interop._private import torch as torch_private
 from interop._side import TORCH
@@ -33,6 +41,7 @@ class Live:
     inputs: list[torch.Tensor]  # the active ones
     outputs: list[torch.Tensor]  # the inexact ones
     name: str
+    home: Any  # where the results belong, if that is not where results are made
 
     def pull(self, cotangents: Sequence[Any]) -> list[jax.Array]:
         """The gradients of the active inputs, in JAX's complex convention; an absent cotangent is zero."""
@@ -48,7 +57,7 @@ class Live:
             for g, x in zip(grads, self.inputs, strict=True)
         ]
         check_finite(results, self.name)
-        return results
+        return at_home(results, self.home)
 
 
 def forward(flat: TorchFlat, arrays: Sequence[jax.Array], active: Mask) -> tuple[list[jax.Array], Static, jax.Array]:
@@ -58,8 +67,8 @@ def forward(flat: TorchFlat, arrays: Sequence[jax.Array], active: Mask) -> tuple
         # Nobody writes to the leaves, which share JAX's memory. What the function is given is a copy, and no leaf.
         outs, structure = flat.to_differentiate(*[t.clone() for t in tensors])
     inputs = [t for t in tensors if t.requires_grad]
-    live = Live(inputs, [out for out in outs if TORCH.is_inexact(out)], flat.name)
-    return results_to_arrays(outs, structure), structure, _handle(live)
+    live = Live(inputs, [out for out in outs if TORCH.is_inexact(out)], flat.name, home_of(arrays))
+    return at_home(results_to_arrays(outs, structure), live.home), structure, _handle(live)
 
 
 def _handle(live: Live) -> jax.Array:

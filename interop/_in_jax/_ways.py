@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from interop._abstract import aval_of, check_structure, infer_torch
 from interop._derive import NOTHING, Flat, FlatFn, Mask, Static, inexact_part, pick
-from interop._errors import AbstractEvalError, InteropError, NotDifferentiableError
+from interop._errors import AbstractEvalError, InteropError, NotDifferentiableError, UnsupportedError
 from interop._in_jax._random import refused
 from interop._log import tell
 from interop._private import torch as torch_private
@@ -24,21 +24,25 @@ from interop._side import TORCH, Leaf, Leaves
 from interop._threads import TAKING_TURNS
 
 
-def first_that_runs(name: str, *ways: FlatFn) -> FlatFn:
+def first_that_runs(name: str, closed_over: Callable[[], list[torch.Tensor]], *ways: FlatFn) -> FlatFn:
     """The first of these that does not raise; what the last one raises, if none does."""
-    first = 0
+    first, found = 0, False
 
     def run(*leaves: Leaf) -> tuple[Leaves, Static]:
-        nonlocal first
+        nonlocal first, found
         for index in range(first, len(ways) - 1):
+            before = [] if found or any(map(torch_private.is_traced, leaves)) else _kept(closed_over())
             try:  # on copies: it may write to them before it raises
                 result = ways[index](*[x.clone() for x in leaves])
             except InteropError:
                 raise
             except Exception as error:  # noqa: BLE001 - whatever torch says of a missing rule; the user's error comes again
+                for x, version, value in before:
+                    if x._version != version:
+                        x.data.copy_(value)
                 tell(name, "fell back on another way (%s: %s)", type(error).__name__, error)
             else:
-                first = index
+                first, found = index, True
                 return result
         result = ways[-1](*leaves)
         first = len(ways) - 1
@@ -47,10 +51,16 @@ def first_that_runs(name: str, *ways: FlatFn) -> FlatFn:
     return run
 
 
-def again(flat: Flat, fn: FlatFn, *, keyed: bool) -> FlatFn:
-    """A derivative that runs its function again: with all that backward needs kept, and without random numbers.
+def _kept(xs: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, int, torch.Tensor]]:
+    """What to put back after a way that has written to tensors before it failed."""
+    return [(x, x._version, x.detach().clone()) for x in xs if not x.is_inference()]
 
-    What a checkpoint would run once more, would run with other parameters; and without a key, other numbers are drawn.
+
+def again(name: str, fn: FlatFn, closed_over: Callable[[], list[torch.Tensor]], *, keyed: bool) -> FlatFn:
+    """A derivative that runs its function again: with all that backward needs kept, and nothing that differs then.
+
+    What a checkpoint would run once more, would run with other parameters; without a key, other numbers are drawn; and
+    what it writes to a tensor that it closes over, it has written already.
     """
 
     def run(*leaves: Leaf) -> tuple[Leaves, Static]:
@@ -58,12 +68,20 @@ def again(flat: Flat, fn: FlatFn, *, keyed: bool) -> FlatFn:
             return watching(*leaves)
 
     def watching(*leaves: Leaf) -> tuple[Leaves, Static]:
-        watched = not keyed and not any(map(torch_private.is_traced, leaves))
-        before = torch.get_rng_state() if watched else None
+        is_real = not any(map(torch_private.is_traced, leaves))
+        drawn = torch.get_rng_state() if is_real and not keyed else None
+        written = torch_private.versions(closed_over()) if is_real else None
         with torch_private.everything_is_saved():
             result = fn(*leaves)
-        if before is not None and not torch.equal(before, torch.get_rng_state()):
-            raise refused(flat.name, "a derivative ran it again, and drew others")
+        if drawn is not None and not torch.equal(drawn, torch.get_rng_state()):
+            raise refused(name, "a derivative ran it again, and drew others")
+        if is_real and written != torch_private.versions(closed_over()):
+            error = UnsupportedError(
+                "it writes to a tensor that it closes over, and a derivative ran it again",
+                hint="Make it an argument and a result; of a module: make_functional(module, mutable=True)",
+            )
+            error.function = name
+            raise error
         return result
 
     return run
@@ -85,8 +103,8 @@ def followed(flat: Flat) -> FlatFn:
             check_structure(structure, promised(tuple(map(aval_of, leaves))).structure, flat.name)
         if _is_followed(leaves) and not _is_followed(outs) and _needs_values(flat, leaves):
             error = NotDifferentiableError(
-                "its result is made of values that autograd does not follow (.item(), float(x), .numpy(), torch.tensor)",
-                hint="Compute it by operations of torch; where zero is meant, use jax.lax.stop_gradient on the arguments",
+                "its result is made of values that autograd does not follow (.item(), float(x), .numpy())",
+                hint="Compute it by operations of torch, or give it jax.lax.stop_gradient of its arguments",
             )
             error.function = flat.name
             raise error
@@ -100,6 +118,8 @@ def _is_followed(xs: Leaves) -> bool:
 
 
 def _needs_values(flat: Flat, leaves: Leaves) -> bool:
+    if any(map(torch_private.is_traced, leaves)):
+        return False
     try:
         infer_torch(flat, tuple(map(aval_of, leaves)))
     except AbstractEvalError:
@@ -121,10 +141,37 @@ def jvp_by_transposes(flat: Flat, nonzero: Mask) -> FlatFn:
     def jvp(*leaves: Leaf) -> tuple[Leaves, Static]:
         primals, tangents = leaves[:count], leaves[count:]
         outs, pull = TORCH.vjp(inexact_part(flat, primals, nonzero), *pick(primals, nonzero))
-        _, push = TORCH.vjp(lambda *cotangents: pull(cotangents), *map(torch.zeros_like, outs))
-        return tuple(push(tangents)), NOTHING
+        gradients, push = TORCH.vjp(lambda *points: pull(points), *map(torch.ones_like, outs))
+        moved = tuple(push(tangents))
+        _refuse_lost(flat, tangents, gradients, moved)
+        return moved, NOTHING
 
     return jvp
+
+
+def _refuse_lost(flat: Flat, tangents: Leaves, gradients: Leaves, moved: Leaves) -> None:
+    """Raise where the transpose of a pull-back is not its transpose: some backward has lost its cotangent.
+
+    `gradients` are those of cotangents that are all one: what the moved tangents sum to, the tangents have to make of
+    them.
+    """
+    every = (*tangents, *gradients, *moved)
+    if any(x.is_complex() or torch_private.is_traced(x) for x in every):
+        return
+    products = [(t * g).sum(dtype=torch.float64) for t, g in zip(tangents, gradients, strict=True)]
+    size = sum((t * g).abs().sum(dtype=torch.float64) for t, g in zip(tangents, gradients, strict=True))
+    off = abs(sum(products) - sum(m.sum(dtype=torch.float64) for m in moved))
+    try:
+        is_lost = bool(off > size * max(1e-3, 32 * max(torch.finfo(x.dtype).eps for x in every) ** 0.5))
+    except RuntimeError:  # a batch of torch.func, which has no one value
+        return
+    if is_lost:
+        error = NotDifferentiableError(
+            "forward mode of an autograd.Function whose backward is not differentiable (once_differentiable)",
+            hint="Give it a jvp, or write its backward in operations of torch",
+        )
+        error.function = flat.name
+        raise error
 
 
 def jvp_by_autograd(flat: Flat, nonzero: Mask) -> FlatFn:
@@ -136,9 +183,10 @@ def jvp_by_autograd(flat: Flat, nonzero: Mask) -> FlatFn:
         with torch.enable_grad():
             primals, outs = _recorded(flat, leaves[:count], nonzero)
             outs = tuple(out for out in outs if TORCH.is_inexact(out))
-            points = [torch.zeros_like(out, requires_grad=True) for out in outs]
+            points = [torch.ones_like(out, requires_grad=True) for out in outs]
             grads = _gradients(outs, pick(primals, nonzero), points, create_graph=True)
             moved = _gradients(grads, points, leaves[count:], create_graph=again)
+            _refuse_lost(flat, leaves[count:], grads, moved)
         return tuple(moved), NOTHING
 
     return jvp

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import operator
 import types
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
@@ -79,6 +80,7 @@ from torch._subclasses.fake_tensor import (  # noqa: E402 - grouped with its use
     UnsupportedOperatorException,
 )
 from torch._subclasses.functional_tensor import FunctionalTensor  # noqa: E402
+from torch.utils import _python_dispatch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 # What torch raises for a function that needs the values of fake tensors.
@@ -112,17 +114,36 @@ def fake_mode() -> Any:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-class RandomnessWatch(TorchDispatchMode):
-    """Sees whether any operation under it draws from torch's generator."""
+_REAL = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
+_without_modes: Any = contextlib.nullcontext if PUBLIC_ONLY else _python_dispatch._disable_current_modes
+
+
+class TraceWatch(TorchDispatchMode):
+    """Sees whether any operation under it draws from torch's generator, and undoes what a trace writes to real tensors.
+
+    A fake mode runs what has no fake tensor among its arguments.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen = False
+        self.draws = False
+        self.written: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if draws(func, args, kwargs or {}):
-            self.seen = True
+            self.draws = True
+        if func._schema.is_mutable:
+            for t in (*args, *(kwargs or {}).values()):
+                if type(t) in _REAL and id(t) not in self.written:
+                    with _without_modes():
+                        self.written[id(t)] = t, t.detach().clone()
         return func(*args, **(kwargs or {}))
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
+        with _without_modes():
+            for t, value in self.written.values():
+                t.data.copy_(value)
 
 
 def draws(func: Any, args: Any, kwargs: Any) -> bool:
@@ -152,6 +173,14 @@ def saved_tensors_are_watched() -> bool:
 def keeps_graph() -> bool:
     """Whether the running backward was asked to retain the graph."""
     return bool(_keep_graph()) if _keep_graph else True
+
+
+_running_graph = getattr(_C, "_current_graph_task_id", None)
+
+
+def is_in_backward() -> bool:
+    """Whether this thread walks a graph: what runs then is a recomputation, or a rule."""
+    return _running_graph is not None and _running_graph() != -1
 
 
 _hooks: Any = getattr(_C, "_autograd", None)
@@ -184,6 +213,11 @@ _functorch: Any = getattr(_C, "_functorch", None)
 
 # A context in which an op runs below autograd; None where it is missing.
 below_autograd: Any = getattr(_C, "_AutoDispatchBelowAutograd", None)
+
+
+def versions(xs: Sequence[torch.Tensor]) -> list[int]:
+    """How often each was written to; an inference tensor does not say."""
+    return [0 if x.is_inference() else x._version for x in xs]
 
 
 def has_tangent(xs: Sequence[torch.Tensor]) -> bool:
@@ -438,17 +472,38 @@ def trace(fn: Callable[..., Any], *args: Any) -> torch.fx.GraphModule:
     """The operations of a function on fake tensors, free of writes; tensors that it closes over stay references."""
     from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415 - costs a second; only a capture pays
 
-    module = make_fx(fn, tracing_mode="fake", _allow_non_fake_inputs=True)(*args)
+    module = make_fx(_watched(fn), tracing_mode="fake", _allow_non_fake_inputs=True)(*args)
     if any(map(writes, module.graph.nodes)):
+        again = torch.func.functionalize(_watched(module))
         with torch.no_grad():  # the gradients are in the graph already
-            module = make_fx(torch.func.functionalize(module), tracing_mode="fake", _allow_non_fake_inputs=True)(*args)
+            module = make_fx(again, tracing_mode="fake", _allow_non_fake_inputs=True)(*args)
     return module
+
+
+def _watched(fn: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        with TraceWatch():
+            return fn(*args)
+
+    return run
 
 
 def writes(node: Any) -> bool:
     """Whether an operation of a graph says that it writes to an argument."""
     schema = getattr(node.target, "_schema", None)
     return bool(schema and schema.is_mutable)
+
+
+def acts(node: Any) -> bool:
+    """Whether an operation of a graph counts though nobody reads what it returns: it writes, or raises."""
+    schema: Any = getattr(node.target, "_schema", None)
+    return bool(schema) and (schema.is_mutable or not schema.returns)
+
+
+def is_view(node: Any) -> bool:
+    """Whether what an operation of a graph returns is memory of its argument, or holds such."""
+    schema = getattr(node.target, "_schema", None)
+    return node.target is operator.getitem or bool(schema and any(r.alias_info for r in schema.returns))
 
 
 _fx_node: Any = importlib.import_module("torch.fx.node")
