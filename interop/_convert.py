@@ -24,6 +24,7 @@ from interop._leaf import jax_device as jax_device_of
 from interop._marshal import Kind, flatten, where
 from interop._module_in_jax import refuse_lazy
 from interop._module_in_torch import WrappedJaxFunction
+from interop._private import torch as torch_private
 from interop._side import JAX, TORCH
 from interop._types import typed
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 
 @typed(lambda: TorchToJax)
+@torch_private.never_traced
 def torch_to_jax(x: Any, /, *, copy: bool = False) -> Any:
     """The value in JAX, for the user to keep.
 
@@ -63,6 +65,7 @@ def torch_to_jax(x: Any, /, *, copy: bool = False) -> Any:
 
 
 @typed(lambda: JaxToTorch)
+@torch_private.never_traced
 def jax_to_torch(x: Any, /, *, copy: bool = False) -> Any:
     """The value in torch, for the user to keep.
 
@@ -113,6 +116,7 @@ def _is_function(x: Any) -> bool:
 
 
 @typed(lambda: MakeFunctional)
+@torch_private.never_traced
 def make_functional(
     module: torch.nn.Module, /, *, rng: str | None = None, mutable: bool = False, example_output: Any = None
 ) -> tuple[Any, dict[str, jax.Array]]:
@@ -164,6 +168,7 @@ _NO_MODULE = "A function needs no parameters: torch_to_jax(function)"
 
 
 @typed(lambda: TorchModuleToJax)
+@torch_private.never_traced
 def torch_module_to_jax(model: torch.nn.Module, example_output: Any = None) -> tuple[Any, tuple[jax.Array, ...]]:
     """The same with the parameters as a tuple, in the order of `model.parameters()`.
 

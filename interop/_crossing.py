@@ -43,6 +43,7 @@ from interop._located import dump_spec, find, load_spec, locate, look_up
 from interop._log import is_heard, tell
 from interop._marshal import SINGLE_TENSOR, Kind, Marshaller, Spec, Tree, find_closed_over, flatten, is_container
 from interop._module_in_jax import ClosedOver, ModuleFunction
+from interop._notes import annotate
 from interop._private import torch as torch_private
 from interop._side import JAX, TORCH, Leaf, Leaves, Side
 from interop._signature import signature_of, translate_signature, with_key
@@ -160,6 +161,9 @@ class Entry:
             raise located(error, self.record.name, spec) from error.__cause__
         except OverflowError as error:
             raise self._number_too_large(leaves, spec, error) from None
+        except (TypeError, RuntimeError) as error:
+            annotate(error, self.host.name, self.record.name)
+            raise
 
     def key(self, kwargs: dict[str, Any]) -> list[Leaf]:
         """The data of the key among the arguments, which is taken out of them."""
@@ -425,7 +429,9 @@ def _array_given(leaf: Leaf, kind: Kind) -> Any:
         raise LeafError("a typed PRNG key can't cross", got=describe(leaf), hint="Pass jax.random.key_data(key)")
     if leaf.requires_grad and torch.is_grad_enabled():
         raise LeafError(
-            "a tensor that requires grad would lose its gradient", got=describe(leaf), hint="Pass x.detach()"
+            "a tensor that requires grad would lose its gradient in a function that JAX calls",
+            got=describe(leaf),
+            hint="Pass x.detach(), or call the torch function itself",
         )
     return tensor_to_array(leaf.detach().clone(), x64=x64_enabled())
 
@@ -589,7 +595,15 @@ class Crossing(_Signed, wrapt.FunctionWrapper):  # type: ignore[misc, type-arg]
         if is_dynamo_compiling():
             return _compiled.call(self._self_token, self._self_record.jittable, args, kwargs)
         entry = self._self_entry
-        return self.__wrapped__(*args, **kwargs) if entry is None else entry.call(args, kwargs)
+        return self._self_uncrossed(args, kwargs) if entry is None else entry.call(args, kwargs)
+
+    def _self_uncrossed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the function itself, while no `as_*` decorator has come."""
+        try:
+            return self.__wrapped__(*args, **kwargs)
+        except TypeError as error:
+            annotate(error, "", self._self_record.name)
+            raise
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         # Dynamo can't bind through wrapt; a partial of a plain object it can follow.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
 from interop._crossing import refine
 from interop._errors import OptionError
+from interop._private import torch as torch_private
 from interop._side import JAX, TORCH
 from interop._types import Function, typed
 
@@ -23,6 +24,7 @@ class _Keep(Protocol):
 
 
 @typed(lambda: AsTorch)
+@torch_private.never_traced
 def as_torch(
     fn: Any = None,
     /,
@@ -73,6 +75,7 @@ def as_torch(
 
 
 @typed(lambda: AsJax)
+@torch_private.never_traced
 def as_jax(
     fn: Any = None,
     /,
@@ -145,6 +148,7 @@ def as_jax(
 def differentiable(fn: F, /) -> F: ...
 @overload
 def differentiable(*, nondiff_argnames: str | Collection[str] = ...) -> _Keep: ...
+@torch_private.never_traced
 def differentiable(fn: Any = None, /, *, nondiff_argnames: str | Collection[str] = ()) -> Any:
     """Derivatives cross: the gradient of the crossing is the gradient of the function, at every order.
 
@@ -171,6 +175,7 @@ def differentiable(fn: Any = None, /, *, nondiff_argnames: str | Collection[str]
 def jittable(fn: F, /) -> F: ...
 @overload
 def jittable(*, example_output: Any) -> _Keep: ...
+@torch_private.never_traced
 def jittable(fn: Any = None, /, *, example_output: Any = None) -> Any:
     """The crossing may be traced: by `torch.compile` and its kin, or by `jax.jit` and its kin.
 

@@ -159,6 +159,10 @@ def _opaque(x: Any) -> StaticLeaf:
     try:
         hash(x)
     except TypeError:
+        if isinstance(x, jax.core.Tracer):
+            raise ContainerError(
+                "a static argument that is traced", hint="Make it static there too: jax.jit(f, static_argnames=...)"
+            ) from None
         raise ContainerError(
             f"a {type(x).__qualname__} is neither a value, a known container, nor hashable",
             hint="Register it with jax.tree_util, or pass its parts",

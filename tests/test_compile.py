@@ -115,6 +115,23 @@ def test_the_function_itself_is_compiled() -> None:
     close(value_and_gradients(compiled(ours), x, y), value_and_gradients(in_torch, x, y))
 
 
+def test_a_crossing_made_inside_breaks_the_graph() -> None:
+    """It is made, and called, outside of it; where that is forbidden, torch says what to move."""
+
+    def inside(x: torch.Tensor) -> torch.Tensor:
+        return jittable(differentiable(as_torch(jnp.sin)))(x) * 2
+
+    x, kept = torch.ones(3, requires_grad=True), jnp.ones(3)
+    torch.compile(inside, backend="aot_eager")(x).sum().backward()
+    torch.testing.assert_close(x.grad, 2 * torch.cos(x.detach()))
+    assert (
+        torch.compile(lambda x: interop.jax_to_torch(kept) + x, backend="aot_eager")(torch.ones(3)).tolist() == [2] * 3
+    )
+    torch.compiler.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"(?s)as_torch.*called outside of what is compiled"):
+        torch.compile(inside, backend="aot_eager", fullgraph=True)(x)
+
+
 def test_two_calls_in_one_graph() -> None:
     def twice(f: Fn) -> Fn:
         return lambda x, y: f(f(x, y), y)

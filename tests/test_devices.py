@@ -231,6 +231,7 @@ def places(*arrays: Any) -> list[list[Any]]:
 PLACES: dict[str, Callable[[], Any]] = {
     "on all": lambda: places(centred(*point())),
     "on another": lambda: places(centred(*jax.device_put((random(16, 3), random(3, 5)), jax.devices()[3]))),
+    "on another, a gradient": lambda: places(jax.grad(lambda x, w: (centred(x, w) ** 2).sum())(*jax.device_put((random(16, 3), random(3, 5)), jax.devices()[3]))),
     "on another, compiled": lambda: places(jax.jit(centred)(*jax.device_put((random(16, 3), random(3, 5)), jax.devices()[3]))),
 }  # fmt: skip
 
@@ -393,6 +394,7 @@ def test_one_warning_outside_shard_map_and_none_inside(found: dict[str, Any]) ->
 @pytest.mark.parametrize(("place", "expected"), [
     ("on all", [list(range(DEVICES)), True]),
     ("on another", [[3], True]),
+    ("on another, a gradient", [[3], True]),
     ("on another, compiled", [[3], True]),
 ])  # fmt: skip
 def test_a_result_is_where_its_arguments_are(found: dict[str, Any], place: str, expected: list[Any]) -> None:

@@ -926,6 +926,64 @@ def test_a_function_that_can_not_be_captured(fn: Fn, native: Fn, ask: Callable[[
     assert_same(ask(uncaptured(fn), examples), ask(native, examples))
 
 
+LEFT: dict[str, Fn] = {
+    "a number": lambda x: torch.tensor([float(v.detach()) ** 2 for v in x]).sum(),
+    "numpy": lambda x: torch.from_numpy(x.detach().numpy() ** 2).sum(),
+    "an array of numpy": lambda x: (x.detach().numpy() ** 2).sum(),
+}
+
+
+@pytest.mark.parametrize(
+    "ask", [ask for name, ask in DERIVED.items() if "batch" not in name and name != "pulled, compiled"]
+)
+@pytest.mark.parametrize("fn", rows(LEFT))
+def test_a_result_that_autograd_has_lost_sight_of_has_no_gradient(fn: Fn, ask: Callable[[Fn, Any], Any]) -> None:
+    """It would be zero."""
+    with pytest.raises((interop.NotDifferentiableError, jax.errors.JaxRuntimeError), match="autograd does not follow"):
+        jax.block_until_ready(ask(uncaptured(fn), examples))
+
+
+def test_a_constant_has_the_gradient_zero() -> None:
+    for fn in (lambda x: torch.ones(()), lambda x: x.detach().sum(), lambda x: (x > 1).float().sum()):
+        for wrap in (lambda f: f, jax.jit):
+            assert wrap(jax.grad(levels(fn)))(examples[0]).tolist() == [0, 0, 0]
+
+
+def test_a_result_that_is_no_array_is_not_what_was_promised() -> None:
+    f = uncaptured(lambda x: (x.sum(), float(x.detach().sum())))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="another pytree than was promised"):
+        jax.block_until_ready(jax.jit(jax.grad(lambda x: f(x)))(examples[0]))
+
+
+class Cubed(torch.autograd.Function):
+    """With a backward that says nothing of its own derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        """The value."""
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, cotangent: torch.Tensor) -> torch.Tensor:
+        """The rule."""
+        return 3 * cotangent * ctx.saved_tensors[0] ** 2
+
+
+@pytest.mark.parametrize(
+    "fn", [lambda x: Cubed.apply(x).sum(), lambda x: (Cubed.apply(x) * x).sum()], ids=["all", "part"]
+)
+def test_a_backward_that_is_not_differentiable_has_no_forward_mode(fn: Fn) -> None:
+    """A tangent by the transpose of the transpose would lose what goes through it."""
+    f, at = levels(fn), (examples[0],)
+    x = torch.tensor(examples[0].tolist(), requires_grad=True)
+    assert_same(jax.grad(f)(*at), torch.autograd.grad(fn(x), x)[0])
+    for ask in (lambda: jax.jvp(f, at, at), lambda: jax.jacfwd(f)(*at), lambda: jax.hessian(f)(*at)):
+        with pytest.raises(interop.NotDifferentiableError, match="once_differentiable"):
+            ask()
+
+
 def test_a_shape_that_is_not_declared_is_asked_for() -> None:
     for fn, _ in UNCAPTURED.values():
         with pytest.raises(interop.AbstractEvalError, match="example_output"):

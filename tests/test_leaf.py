@@ -463,6 +463,21 @@ def test_the_library_works_after_refusals() -> None:
     assert jax_to_torch(jnp.ones(2)).tolist() == [1, 1]
 
 
+def test_an_array_is_deleted_while_a_tensor_holds_its_memory(run_python: Callable[..., str]) -> None:
+    """XLA would abort the process."""
+    out = run_python("""
+        import jax, jax.numpy as jnp
+        from interop import as_jax, differentiable, jax_to_torch
+        a, b = jnp.arange(4.0), jnp.arange(4.0)
+        t = jax_to_torch(a)
+        _, pull = jax.vjp(differentiable(as_jax(lambda x: (x * x).sum())), b)
+        a.delete()
+        b.delete()
+        print(t.tolist(), pull(jnp.ones(()))[0].tolist())
+    """)
+    assert out.split("\n")[0] == "[0.0, 1.0, 2.0, 3.0] [0.0, 2.0, 4.0, 6.0]"
+
+
 # --- trees, and what is no leaf ---------------------------------------------------------------------------------------
 
 

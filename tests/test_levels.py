@@ -119,12 +119,21 @@ def _closing_over(weight: Any) -> Callable[..., Any]:
     return lambda x: (x * weight).sum()
 
 
+def _helped(x: torch.Tensor) -> torch.Tensor:
+    return (x * SHARED).sum()
+
+
 CLOSED_OVER: dict[str, tuple[Callable[..., Any], str]] = {
     "closure": (_closing_over(SHARED), "weight requires grad"),
     "global": (lambda x: (x * SHARED).sum(), "SHARED requires grad"),
     "self": (Holder().energy, r"self.weights\['w'\]\[0\] requires grad"),
     "callable": (Holder(), r"self.weights\['w'\]\[0\] requires grad"),
     "partial": (functools.partial(lambda w, x: (w * x).sum(), SHARED), r"argument\[0\] of the partial requires grad"),
+    "keyword of a partial": (
+        functools.partial(lambda x, w: (w * x).sum(), w=SHARED),
+        r"argument\[0\]\['w'\] of the partial requires grad",
+    ),
+    "another function": (lambda x: _helped(x), "SHARED of _helped requires grad"),
 }
 
 

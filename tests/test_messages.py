@@ -84,7 +84,8 @@ LEAVES: dict[str, Bad] = {
     "a tensor that would lose its gradient": (
         lambda: in_jax(params(torch.ones(2, 3, requires_grad=True)), a),
         interop.LeafError,
-        "energy: argument params['w'][0]: a tensor that requires grad would lose its gradient: got f32[2,3]. Pass x.detach()",
+        "energy: argument params['w'][0]: a tensor that requires grad would lose its gradient in a function that JAX calls: "
+        "got f32[2,3]. Pass x.detach(), or call the torch function itself",
     ),
 }
 
@@ -369,6 +370,50 @@ def test_a_users_error_keeps_its_type_and_shows_its_line(call: Callable[[], Any]
     with pytest.raises(Custom, match="mine") as caught:
         call()
     assert any(entry.name == "fails" for entry in caught.traceback)
+
+
+TRACED = "as_torch traces a function, as jax.jit does"
+LONG = "an int32 of JAX is an int32 in torch"
+logits, labels = jnp.ones((2, 4)), jnp.array([0, 1])
+cross_entropy = jittable(differentiable(as_jax(torch.nn.functional.cross_entropy)))
+NOTED: dict[str, tuple[Callable[[], Any], str]] = {
+    "a branch on a value": (lambda: as_torch(lambda x: x if x.sum() > 0 else -x)(x), TRACED),
+    "a number": (lambda: as_torch(lambda x: float(x.sum()))(x), TRACED),
+    "a size": (lambda: as_torch(lambda x, n: jnp.zeros(n))(x, torch.tensor(3)), TRACED),
+    "a function of torch": (lambda: as_torch(torch.sin)(x), "sin: as_torch takes a function of JAX's arrays"),
+    "a function of JAX": (lambda: as_jax(jnp.sin)(a), "sin: as_jax takes a function of torch's tensors"),
+    "neither, with a tensor": (lambda: jittable(jnp.sin)(x), "sin: it is called as it is, since neither"),
+    "neither, with an array": (lambda: jittable(torch.sin)(a), "sin: it is called as it is, since neither"),
+    "labels": (lambda: cross_entropy(logits, labels), f"cross_entropy: {LONG}"),
+    "labels, differentiated": (lambda: jax.grad(cross_entropy)(logits, labels), f"cross_entropy: {LONG}"),
+}
+
+
+@pytest.mark.parametrize(("call", "note"), NOTED.values(), ids=NOTED)
+def test_an_error_that_has_a_way_out_here_is_noted(call: Callable[[], Any], note: str) -> None:
+    """Below its own text, once, and its type stays."""
+    with pytest.raises((TypeError, RuntimeError)) as caught:
+        call()
+    assert not isinstance(caught.value, interop.InteropError)
+    assert [note in text for text in caught.value.__notes__ if "removed its internal frames" not in text] == [True]
+
+
+def test_the_way_out_of_an_error_in_a_compiled_program_is_in_its_text() -> None:
+    with pytest.raises(jax.errors.JaxRuntimeError, match=LONG):
+        jax.block_until_ready(jax.jit(cross_entropy)(logits, labels))
+    long = jittable(as_jax(lambda logits, labels: torch.nn.functional.cross_entropy(logits, labels.long())))
+    assert jnp.allclose(jax.jit(long)(logits, labels), jnp.log(4.0))
+
+
+def test_an_error_with_no_way_out_here_has_no_note() -> None:
+    for call in (
+        lambda: as_torch(lambda x: [] + 1)(x),
+        lambda: as_jax(lambda x: [] + 1)(a),
+        lambda: jittable(fails)(1),
+    ):
+        with pytest.raises((TypeError, Custom)) as caught:
+            call()
+        assert [n for n in getattr(caught.value, "__notes__", []) if "removed its internal frames" not in n] == []
 
 
 def test_a_keyboard_interrupt_passes() -> None:

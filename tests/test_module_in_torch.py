@@ -1605,6 +1605,20 @@ def test_the_mask_of_the_backward_is_that_of_the_forward(call: Fn) -> None:
     assert 16 < out.tolist().count(0) < 48
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_of_a_model_with_random_state_of_its_own_is_refused(reentrant: bool) -> None:
+    """What it was in the first run nobody knows when it runs again."""
+    module, x = WrappedJaxFunction(nnx.Dropout(0.5, rngs=nnx.Rngs(0))).train(), torch.ones(64, requires_grad=True)
+    out = checkpoint(module, x, use_reentrant=reentrant)
+    with pytest.raises(interop.UnsupportedError, match="Dropout: a checkpoint runs it again.*rngs="):
+        out.sum().backward()
+    out = checkpoint(module.eval(), x, use_reentrant=reentrant)
+    out.sum().backward()
+    assert x.grad.tolist() == [1] * 64
+    norm = WrappedJaxFunction(nnx.BatchNorm(4, rngs=nnx.Rngs(0))).train()
+    (checkpoint(norm, torch.rand(3, 4, requires_grad=True), use_reentrant=reentrant) ** 2).sum().backward()
+
+
 def test_several_keys_by_name() -> None:
     """In flax's own form; no two are alike."""
     seen = []

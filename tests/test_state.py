@@ -498,6 +498,31 @@ def test_an_execution_draws_as_the_function_does() -> None:
     assert state() == after
 
 
+noise = levels(as_jax(lambda: torch.rand(64)))
+UNTRACED: dict[str, Fn] = {
+    "no argument": lambda x: x + noise(),
+    "a constant": lambda x: x + noisy(ones),
+    "map": lambda x: jax.lax.map(lambda i: noise(), jnp.arange(1))[0] + x,
+    "scan": lambda x: jax.lax.scan(lambda c, _: (c, noisy(ones)), 0, None, length=1)[1][0] + x,
+    "gradient": lambda x: jax.grad(lambda x: (x * noise()).sum())(x),
+    "batch": lambda x: jax.vmap(lambda x: x + noise())(x[None])[0],
+}
+
+
+@pytest.mark.parametrize("program", UNTRACED.values(), ids=UNTRACED)
+def test_a_call_in_a_program_is_part_of_it_though_no_argument_is_traced(program: Fn) -> None:
+    run = jax.jit(program)
+    assert len({str(run(x).tolist()) for _ in range(3)}) == 3
+
+
+def test_a_call_in_a_program_says_that_it_is_not_jittable() -> None:
+    with pytest.raises(interop.NotJittableError):
+        jax.jit(lambda x: x + as_jax(lambda: torch.rand(64))())(x)
+    with jax.ensure_compile_time_eval():
+        constant = as_jax(lambda: torch.ones(64))()
+    assert jax.jit(lambda x: x + constant)(ones).tolist() == [2] * 64
+
+
 def test_a_trace_draws_nothing() -> None:
     before = state()
     f = levels(as_jax(masked))

@@ -19,6 +19,7 @@ from interop._in_jax._flat import TorchFlat
 from interop._in_jax._random import refused
 from interop._in_jax._surroundings import TorchState, flushes, on_stream
 from interop._leaf import SMALL
+from interop._notes import note_of
 from interop._private import torch as torch_private
 from interop._side import Leaf, Leaves
 from interop._threads import TAKING_TURNS, THREAD
@@ -172,7 +173,9 @@ def _said(error: BaseException, flat: TorchFlat) -> str:
         message = "(it has no message: its __str__ raises)"
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_ours(f.filename)]
     lines = "".join(f"\n  {f.filename}:{f.lineno} in {f.name}: {f.line}" for f in frames)
-    return f"{flat.name.partition('.')[0]}: {type(error).__name__}: {message}{lines}"
+    name = flat.name.partition(".")[0]
+    note = note_of(error, "JAX", name)
+    return f"{name}: {type(error).__name__}: {message}{lines}" + (f"\n{note}" if note else "")
 
 
 def _is_ours(file: str) -> bool:

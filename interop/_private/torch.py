@@ -273,6 +273,7 @@ def never_traced(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Left out of every graph by Dynamo, with all that it calls; `torch.compiler.disable` would import Dynamo."""
     marked: Any = fn
     marked._torchdynamo_disable = True
+    marked._torchdynamo_disable_msg = "interop: it is called outside of what is compiled"
     if hasattr(_eval_frame, "set_code_exec_strategy"):
         skip = _eval_frame._FrameAction.SKIP
         _eval_frame.set_code_exec_strategy(marked.__code__, _eval_frame._FrameExecStrategy(skip, skip))

@@ -1,0 +1,45 @@
+"""What is added to an error of either framework where there is a way out of it here, as a note below its own text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+_VALUES = (
+    "{name}: as_torch traces a function, as jax.jit does. One that needs values has them under as_torch(jit=False), and "
+    "an argument that is an option can be static: static_argnames"
+)
+_OF_TORCH = "{name}: as_torch takes a function of JAX's arrays; of one of torch's tensors, as_jax makes one of JAX"
+_OF_JAX = "{name}: as_jax takes a function of torch's tensors; of one of JAX's arrays, as_torch makes one of torch"
+_NEITHER = "{name}: it is called as it is, since neither as_torch nor as_jax is stacked on it"
+_LONG = "{name}: an int32 of JAX is an int32 in torch. Call .long() on it in the function, or set jax_enable_x64 and pass int64"
+
+
+def _is_of_jax(error: BaseException) -> bool:
+    return type(error).__module__.startswith("jax")
+
+
+# By the host: which errors, and what there is to say.
+_NOTES: dict[str, list[tuple[Callable[[BaseException, str], bool], str]]] = {
+    "torch": [
+        (lambda error, _: _is_of_jax(error) and isinstance(error, TypeError), _VALUES),
+        (lambda error, text: isinstance(error, TypeError) and "Tracer" in text, _OF_TORCH),
+    ],
+    "JAX": [
+        (lambda error, text: isinstance(error, TypeError) and "torch.Tensor" in text, _OF_JAX),
+        (lambda _, text: any(words in text for words in ("dtype to be Long", "LongTensor", "type Long")), _LONG),
+    ],
+    "": [(lambda error, text: isinstance(error, TypeError) and ("Tensor" in text or "Array" in text), _NEITHER)],
+}
+
+
+def note_of(error: BaseException, host: str, name: str) -> str | None:
+    """What there is to say of an error of the function's own, or of its framework's."""
+    text = str(error)
+    return next((note.format(name=name) for applies, note in _NOTES[host] if applies(error, text)), None)
+
+
+def annotate(error: BaseException, host: str, name: str) -> None:
+    """Add it, once."""
+    note = note_of(error, host, name)
+    if note is not None and note not in getattr(error, "__notes__", ()):
+        error.add_note(note)
