@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 _VALUES = (
-    "{name}: as_torch traces a function, as jax.jit does. One that needs values has them under as_torch(jit=False), and "
-    "an argument that is an option can be static: static_argnames"
+    "{name}: as_torch traces a function, as jax.jit does. One that needs values has them under as_torch(jit=False), "
+    "and an argument that is an option can be static: static_argnames"
 )
 _OF_TORCH = "{name}: as_torch takes a function of JAX's arrays; of one of torch's tensors, as_jax makes one of JAX"
 _OF_JAX = "{name}: as_jax takes a function of torch's tensors; of one of JAX's arrays, as_torch makes one of torch"
 _NEITHER = "{name}: it is called as it is, since neither as_torch nor as_jax is stacked on it"
-_LONG = "{name}: an int32 of JAX is an int32 in torch. Call .long() on it in the function, or set jax_enable_x64 and pass int64"
+_LONG = "{name}: an int32 of JAX is an int32 in torch. Call .long() on it there, or pass int64 (jax_enable_x64)"
 
 
 def _is_of_jax(error: BaseException) -> bool:
@@ -21,7 +21,7 @@ def _is_of_jax(error: BaseException) -> bool:
 # By the host: which errors, and what there is to say.
 _NOTES: dict[str, list[tuple[Callable[[BaseException, str], bool], str]]] = {
     "torch": [
-        (lambda error, _: _is_of_jax(error) and isinstance(error, TypeError), _VALUES),
+        (lambda error, text: isinstance(error, TypeError) and (_is_of_jax(error) or "concrete" in text), _VALUES),
         (lambda error, text: isinstance(error, TypeError) and "Tracer" in text, _OF_TORCH),
     ],
     "JAX": [
