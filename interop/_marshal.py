@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.core
 import numpy as np
 import torch
 
@@ -246,12 +247,18 @@ _DEPTH = 8  # deeper is the user's
 
 
 def find_closed_over(
-    fn: Any, wanted: Callable[[Any], bool], given: Collection[str] = (), seen: frozenset[int] = frozenset()
+    fn: Any, wanted: Callable[[Any], bool], given: Collection[str] = (), *, follow: bool = False
 ) -> str | None:
     """The name of a value that a function reads and is not given: of its closure, globals, defaults, its `self`.
 
-    Functions that it reads are followed, but for those of libraries.
+    Also of functions that it reads, if these are to be followed: not into libraries.
     """
+    return _closed_over(fn, wanted, given, set() if follow else None)
+
+
+def _closed_over(
+    fn: Any, wanted: Callable[[Any], bool], given: Collection[str], followed: set[int] | None
+) -> str | None:
     while isinstance(fn, functools.partial):
         found = first([*fn.args, {k: v for k, v in fn.keywords.items() if k not in given}], wanted)
         if found:
@@ -274,13 +281,13 @@ def find_closed_over(
     defaults = dict(zip(reversed(positional), reversed(fn.__defaults__ or ()), strict=False))
     defaults |= fn.__kwdefaults__ or {}
     read |= {name: value for name, value in defaults.items() if name not in given}
-    seen |= {id(fn)}
     for name, value in read.items():
         found = first(value, wanted)
         if found:
             return f"{name}{found[0]}"
-        if isinstance(value, types.FunctionType) and id(value) not in seen and not _is_of_library(value):
-            inner = find_closed_over(value, wanted, seen=seen)
+        if followed is not None and isinstance(value, types.FunctionType) and id(value) not in followed:
+            followed.add(id(value))
+            inner = None if _is_of_library(value) else _closed_over(value, wanted, (), followed)
             if inner:
                 return f"{inner} of {name}"
     return None

@@ -206,7 +206,7 @@ class ClosedOver:
                 found.append(x)
             return False  # go on looking
 
-        find_closed_over(self.function, collect)
+        find_closed_over(self.function, collect, follow=True)
         return found
 
     def under(self, modes: Any) -> Any:

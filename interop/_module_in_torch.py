@@ -216,7 +216,8 @@ class WrappedJaxFunction(torch.nn.Module, Generic[P, R_co]):
     def _renew(self, new: Sequence[torch.Tensor]) -> None:
         """Write the state of after the call to the buffers."""
         pairs = list(zip(self._state(), new, strict=True))
-        if self._moves is None and not torch.compiler.is_compiling():  # keys and counts are the integers of a state
+        is_plain = not torch.compiler.is_compiling() and not torch_private.functorch_active()
+        if self._moves is None and is_plain:  # keys and counts are the integers of a state
             self._moves = any(not buffer.is_floating_point() and not buffer.equal(value) for buffer, value in pairs)
         with torch.no_grad():
             for buffer, value in pairs:

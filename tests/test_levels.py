@@ -119,10 +119,6 @@ def _closing_over(weight: Any) -> Callable[..., Any]:
     return lambda x: (x * weight).sum()
 
 
-def _helped(x: torch.Tensor) -> torch.Tensor:
-    return (x * SHARED).sum()
-
-
 CLOSED_OVER: dict[str, tuple[Callable[..., Any], str]] = {
     "closure": (_closing_over(SHARED), "weight requires grad"),
     "global": (lambda x: (x * SHARED).sum(), "SHARED requires grad"),
@@ -133,7 +129,6 @@ CLOSED_OVER: dict[str, tuple[Callable[..., Any], str]] = {
         functools.partial(lambda x, w: (w * x).sum(), w=SHARED),
         r"argument\[0\]\['w'\] of the partial requires grad",
     ),
-    "another function": (lambda x: _helped(x), "SHARED of _helped requires grad"),
 }
 
 

@@ -158,9 +158,10 @@ def _refuse_lost(flat: Flat, tangents: Leaves, gradients: Leaves, moved: Leaves)
     every = (*tangents, *gradients, *moved)
     if any(x.is_complex() or torch_private.is_traced(x) for x in every):
         return
-    products = [(t * g).sum(dtype=torch.float64) for t, g in zip(tangents, gradients, strict=True)]
-    size = sum((t * g).abs().sum(dtype=torch.float64) for t, g in zip(tangents, gradients, strict=True))
-    off = abs(sum(products) - sum(m.sum(dtype=torch.float64) for m in moved))
+    products = [(t * g).to(torch.float64) for t, g in zip(tangents, gradients, strict=True)]
+    wide = [m.to(torch.float64) for m in moved]
+    off = abs(sum(p.sum() for p in products) - sum(m.sum() for m in wide))
+    size = sum(x.abs().sum() for x in (*products, *wide))
     try:
         is_lost = bool(off > size * max(1e-3, 32 * max(torch.finfo(x.dtype).eps for x in every) ** 0.5))
     except RuntimeError:  # a batch of torch.func, which has no one value
