@@ -19,7 +19,7 @@ _AS_IS: Mapping[Any, torch.dtype] = {}
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """A captured graph: it keeps nothing, and writes to nothing that it is given, but to what the function closes over.
+    """A captured graph: it keeps nothing, and writes to nothing that it is given.
 
     Attributes:
         run: tensors to tensors. Every cast and every gradient is in it: autograd and autocast have no part in it.
@@ -117,7 +117,7 @@ def compiled(
     """The part of a module between these nodes; an output that is no node is a function that makes it.
 
     Some inputs may be `given` in another dtype than they have in the graph: they are cast to this one first. What
-    `acts` runs for what it does.
+    `acts` is run too, though nobody reads what it returns.
     """
     code = _Code(module)
     needed = ancestors([*outputs, *acts], inputs)

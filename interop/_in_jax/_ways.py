@@ -150,10 +150,10 @@ def jvp_by_transposes(flat: Flat, nonzero: Mask) -> FlatFn:
 
 
 def _refuse_lost(flat: Flat, tangents: Leaves, gradients: Leaves, moved: Leaves) -> None:
-    """Raise where the transpose of a pull-back is not its transpose: some backward has lost its cotangent.
+    """Raise where the transpose of a pull-back is none: some backward has lost its cotangent, or is not linear in it.
 
-    `gradients` are those of cotangents that are all one: what the moved tangents sum to, the tangents have to make of
-    them.
+    `gradients` are those of cotangents that are all one. Their product with the tangents is what the moved tangents sum
+    to.
     """
     every = (*tangents, *gradients, *moved)
     if any(x.is_complex() or torch_private.is_traced(x) for x in every):
@@ -168,7 +168,7 @@ def _refuse_lost(flat: Flat, tangents: Leaves, gradients: Leaves, moved: Leaves)
         return
     if is_lost:
         error = NotDifferentiableError(
-            "forward mode of an autograd.Function whose backward is not differentiable (once_differentiable)",
+            "forward mode of an autograd.Function whose backward is not linear, or once_differentiable",
             hint="Give it a jvp, or write its backward in operations of torch",
         )
         error.function = flat.name

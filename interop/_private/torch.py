@@ -470,7 +470,7 @@ def teach_functionalize(function: type[torch.autograd.Function]) -> None:
 
 
 def trace(fn: Callable[..., Any], *args: Any) -> torch.fx.GraphModule:
-    """The operations of a function on fake tensors, free of writes; tensors that it closes over stay references."""
+    """The operations of a function on fake tensors, free of writes but to what it closes over, by reference."""
     from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415 - costs a second; only a capture pays
 
     module = make_fx(_watched(fn), tracing_mode="fake", _allow_non_fake_inputs=True)(*args)
