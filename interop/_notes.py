@@ -34,7 +34,10 @@ _NOTES: dict[str, list[tuple[Callable[[BaseException, str], bool], str]]] = {
 
 def note_of(error: BaseException, host: str, name: str) -> str | None:
     """What there is to say of an error of the function's own, or of its framework's."""
-    text = str(error)
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001 - the user's own `__str__`
+        return None
     return next((note.format(name=name) for applies, note in _NOTES[host] if applies(error, text)), None)
 
 

@@ -112,6 +112,7 @@ def test_the_version_is_there() -> None:
 # A file imports only what stands above it, or beside it under the same name.
 ORDER = [
     "_errors",
+    "_notes",
     "_types",
     "_overloads",
     "_log",
