@@ -119,22 +119,21 @@ def check_promise(results: Sequence[Any], promised: Sequence[Aval], name: str) -
     """Raise `OutputMismatchError` unless every result has the shape and dtype that was promised for it."""
     got, expected = [aval_of(r) for r in results], list(promised)
     if got != expected:
-        error = OutputMismatchError("the result disagrees with what was promised for it",
-                                    got=_list(got), expected=_list(expected),
-                                    hint="Correct example_output, or return what it says")  # fmt: skip
-        error.function = name
-        raise error
+        raise OutputMismatchError(
+            "the result disagrees with what was promised for it",
+            got=_list(got),
+            expected=_list(expected),
+            hint="Correct example_output, or return what it says",
+        ).of(name)
 
 
 def check_structure(got: Static, promised: Static, name: str) -> None:
     """Raise `OutputMismatchError` unless the result is the pytree that was promised."""
     if not promised.value.matches(got.value):
-        error = OutputMismatchError(
+        raise OutputMismatchError(
             "the result is another pytree than was promised for it",
             hint="Correct example_output, or return what it says",
-        )
-        error.function = name
-        raise error
+        ).of(name)
 
 
 def _list(avals: Sequence[Aval]) -> str:

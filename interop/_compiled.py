@@ -130,10 +130,10 @@ def _opaque_body(name: str, structure: Any, *leaves: Any) -> tuple[torch.Tensor,
 
 
 def _fixed(x: Any) -> Any:
-    """The structure with its numbers fixed for this graph, with a guard of torch's own."""
+    """The structure with its numbers fixed for this graph."""
     if isinstance(x, tuple):
         return tuple(map(_fixed, x))
-    return int(x) if isinstance(x, torch.SymInt) else float(x) if isinstance(x, torch.SymFloat) else x
+    return torch_private.concrete(x)
 
 
 def _eager_body(name: str, args: Any, kwargs: Any) -> Any:
@@ -181,8 +181,12 @@ def _functions_of_leaf(kind: type) -> tuple[str, str] | None:
 @torch_private.constant_result
 def _functions_of_container(kind: type) -> tuple[str, str] | None:
     """The same of a container that is registered with either framework: what opens it, and what makes it again."""
-    found = torch_private.pytree_functions(kind) or jax_private.pytree_functions(kind)
+    found = _registered(kind)
     return found and (_intern(found[0]), _intern(found[1]))
+
+
+def _registered(kind: type) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    return torch_private.pytree_functions(kind) or jax_private.pytree_functions(kind)
 
 
 # --- what can't be a constant of a graph ------------------------------------------------------------------------------
@@ -247,7 +251,7 @@ def _constant(value: Any) -> Any:
         return ("named", _intern(kind), *map(_constant, value))
     if hasattr(kind, "__dataclass_fields__") and _is_plain_dataclass(kind):
         return ("dataclass", _intern(kind), *((field, _constant(getattr(value, field))) for field in _fields(kind)))
-    found = torch_private.pytree_functions(kind) or jax_private.pytree_functions(kind)
+    found = _registered(kind)
     if found:
         children, static = found[0](value)
         return ("registered", _intern(found[1]), _take_static(static), *map(_constant, children))

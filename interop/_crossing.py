@@ -225,7 +225,7 @@ class Entry:
     def baked(self, leaves: Sequence[Leaf], spec: Spec, impls: tuple[str | None, ...]) -> tuple[Flat, list[Leaf]]:
         """The function of one structure of call with its Python numbers as constants, and the other leaves."""
         pairs = list(zip(leaves, spec.kinds, strict=True))
-        numbers = tuple(_concrete(leaf) for leaf, kind in pairs if kind is Kind.NUMBER)
+        numbers = tuple(torch_private.concrete(leaf) for leaf, kind in pairs if kind is Kind.NUMBER)
         rest = [leaf for leaf, kind in pairs if kind is not Kind.NUMBER]
         memo = ("baked", tuple((type(n), repr(n)) for n in numbers), impls)
         return _bounded(spec.memo, memo, lambda: self.flat(spec, numbers, impls)), rest
@@ -315,17 +315,6 @@ def _guest_of(x: Any) -> Any:
     if isinstance(x, staticmethod | classmethod):
         x = x.__func__
     return _record_of(x).fn if isinstance(x, Crossing | BoundCrossing) else x
-
-
-def _concrete(number: Any) -> Any:
-    """A number that torch keeps open in a trace, fixed for that trace, with a guard of torch's own."""
-    return (
-        int(number)
-        if isinstance(number, torch.SymInt)
-        else float(number)
-        if isinstance(number, torch.SymFloat)
-        else number
-    )
 
 
 def _is_wide(number: complex) -> bool:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator
+from typing import Self
 
 
 class InteropError(Exception):
@@ -75,6 +76,11 @@ class InteropError(Exception):
         """The same error, blaming the leaf of this index among the leaves of the call."""
         if self.leaf is None:
             self.leaf = leaf
+        return self
+
+    def of(self, function: str) -> Self:
+        """The same error, blaming this function: where no frame above will."""
+        self.function = function
         return self
 
 

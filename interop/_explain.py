@@ -120,8 +120,7 @@ def explain(fn: Any, /, *args: Any, **kwargs: Any) -> Explanation:
     entry, args = entry_of(crossing, args)
     if entry is None:
         error = OptionError("it is not crossed", expected="a crossing", hint="Stack @as_torch or @as_jax")
-        error.function = getattr(fn, "__name__", type(fn).__name__)
-        raise error
+        raise error.of(getattr(fn, "__name__", type(fn).__name__))
     report = _Report(entry)
     try:
         key = [] if entry.rng is None else entry.key(kwargs)

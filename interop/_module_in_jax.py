@@ -11,7 +11,7 @@ import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Generator, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.utils._pytree as torch_pytree
@@ -22,8 +22,6 @@ from interop._errors import LeafError, UnsupportedError
 from interop._leaf import WIDE_INTS, describe
 from interop._marshal import find_closed_over, first, slots_of
 from interop._private import torch as torch_private
-
-_T = TypeVar("_T")
 
 
 class ModuleFunction:
@@ -192,17 +190,20 @@ class ClosedOver:
         self.function = function
 
     def now(self) -> tuple[bool, ...]:
-        return tuple(part.training for module in self._read(torch.nn.Module) for part in module.modules())
+        modules = (x for x in self._read() if isinstance(x, torch.nn.Module))
+        return tuple(part.training for module in modules for part in module.modules())
 
     def tensors(self) -> list[torch.Tensor]:
-        modules = self._read(torch.nn.Module)
-        return [*self._read(torch.Tensor), *(t for m in modules for t in (*m.parameters(), *m.buffers()))]
+        return [
+            t for x in self._read() for t in ((x,) if isinstance(x, torch.Tensor) else (*x.parameters(), *x.buffers()))
+        ]
 
-    def _read(self, kind: type[_T]) -> list[_T]:
-        found: list[_T] = []
+    def _read(self) -> list[torch.Tensor | torch.nn.Module]:
+        """The tensors and modules that it reads, and is not given."""
+        found: list[torch.Tensor | torch.nn.Module] = []
 
         def collect(x: Any) -> bool:
-            if isinstance(x, kind):
+            if isinstance(x, torch.Tensor | torch.nn.Module):
                 found.append(x)
             return False  # go on looking
 
@@ -409,16 +410,16 @@ class _Buffer:
 
     def __init__(self, name: str, table: dict[str, Any], key: str, before: torch.Tensor, copy: torch.Tensor) -> None:
         self.name, self.table, self.key = name, table, key
-        self.before, self.copy, self.version = before, copy, _version(copy)
+        self.before, self.copy, self.version = before, copy, torch_private.version_of(copy)
 
     def is_written(self, *, compare: bool) -> bool:
         """Whether it was replaced or written to; by its value too, where a write may leave no trace."""
         now: Any = self.table.get(self.key)
-        return now is not self.copy or _version(now) != self.version or (compare and _differs(now, self.before))
-
-
-def _version(t: torch.Tensor) -> int:
-    return 0 if t.is_inference() else t._version
+        return (
+            now is not self.copy
+            or torch_private.version_of(now) != self.version
+            or (compare and _differs(now, self.before))
+        )
 
 
 def _differs(now: torch.Tensor, before: torch.Tensor) -> bool:

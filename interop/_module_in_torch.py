@@ -223,15 +223,6 @@ class WrappedJaxFunction(torch.nn.Module, Generic[P, R_co]):
             for buffer, value in pairs:
                 buffer.copy_(value)
 
-    def _refuse_again(self) -> None:
-        """Raise where a checkpoint runs it again: the random state of its first run nobody knows any more."""
-        error = UnsupportedError(
-            "a checkpoint runs it again with the random state that its first run has left: another mask",
-            hint="Call it outside of torch.utils.checkpoint, or draw from keys that it is given: rngs=...",
-        )
-        error.function = self._function.__name__
-        raise error
-
     def _own(self, count: int, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """What the module gives its function, and the keywords of a call with `count` arguments, its modes in them."""
         params = _read(self.params, self._function.params)
@@ -243,7 +234,10 @@ class WrappedJaxFunction(torch.nn.Module, Generic[P, R_co]):
         state = self._state()
         if self.training:
             if self._moves and not torch.compiler.is_compiling() and torch_private.is_in_backward():
-                self._refuse_again()
+                raise UnsupportedError(
+                    "a checkpoint runs it again with the random state that its first run has left: another mask",
+                    hint="Call it outside of torch.utils.checkpoint, or draw from keys that it is given: rngs=...",
+                ).of(self._function.__name__)
             state = [x.clone() for x in state]  # the buffers are written to before a backward reads what it keeps
         return (params, state, self._seeds(params)), kwargs
 

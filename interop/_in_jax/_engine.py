@@ -27,7 +27,7 @@ from jax.interpreters import ad, batching, mlir
 
 from interop._abstract import Aval, Outputs, aval_of
 from interop._derive import NOTHING, Mask, Static, fill, pick
-from interop._errors import NotDifferentiableError, NotJittableError, UnsupportedError
+from interop._errors import InteropError, NotDifferentiableError, NotJittableError, UnsupportedError
 from interop._in_jax import _live
 from interop._in_jax._callback import callback
 from interop._in_jax._capture import Capture, capture
@@ -105,18 +105,16 @@ def check_differentiable(flat: TorchFlat, wanted: Sequence[bool]) -> None:
             )
     lost = flat.lost() if flat.lost else None
     if lost:
-        error = NotDifferentiableError(
+        raise NotDifferentiableError(
             f"{lost} requires grad, and is no argument: its gradient would be lost",
             hint="Pass it as an argument, or detach it. Of a module: as_jax(module)",
-        )
-        raise _named_function(flat, error)
+        ).of(flat.name)
 
 
-def _named(flat: TorchFlat, error: Any, index: int) -> Any:
+def _named(flat: TorchFlat, error: InteropError, index: int) -> InteropError:
     """The error with names in it: a rule of JAX may run long after our frame has gone."""
-    error.function = flat.name
     error.argument = flat.path(index) if flat.path else None
-    return error
+    return error.of(flat.name)
 
 
 # --- primitives -------------------------------------------------------------------------------------------------------
@@ -257,7 +255,7 @@ def _call_transpose(cotangents: Any, *operands: Any, flat: TorchFlat) -> list[An
         message = (
             "a transpose of a function that is not linear" if cut else "a transpose of a function that can't be traced"
         )
-        raise _named_function(flat, UnsupportedError(message, hint="Use jax.vjp"))
+        raise UnsupportedError(message, hint="Use jax.vjp").of(flat.name)
     zeros = [jax.numpy.zeros(v.shape, v.dtype) if a else x for x, v, a in zip(operands, avals, active, strict=True)]
     results = torch_forward.bind(*jax_private.vary(zeros), flat=flat, active=active, cut=cut)
     inexact = [c for c, out in zip(cotangents, results, strict=False) if is_inexact(out)]
@@ -410,17 +408,12 @@ def _lowering(
 
     def lower(context: Any, *ins: Any, flat: TorchFlat, **params: Any) -> Any:
         if not flat.levels.jittable:
-            raise _named_function(
-                flat, NotJittableError("traced by JAX into a compiled program", hint="Stack @jittable")
-            )
+            raise NotJittableError("traced by JAX into a compiled program", hint="Stack @jittable").of(flat.name)
         if jax_private.is_exported(context):
-            raise _named_function(
-                flat,
-                UnsupportedError(
-                    "jax.export can't write a program that calls back into torch: a callback can't be serialised",
-                    hint="Export the torch function with torch.export, or the rest of the program",
-                ),
-            )
+            raise UnsupportedError(
+                "jax.export can't write a program that calls back into torch: a callback can't be serialised",
+                hint="Export the torch function with torch.export, or the rest of the program",
+            ).of(flat.name)
         if jax_private.device_count(context) > 1:
             warn_gathered()
         avals = tuple(Aval(tuple(a.shape), np.dtype(a.dtype)) for a in context.avals_out)
@@ -429,11 +422,6 @@ def _lowering(
         return mlir.lower_fun(fn, multiple_results=True)(context, *ins)
 
     return lower
-
-
-def _named_function(flat: TorchFlat, error: Any) -> Any:
-    error.function = flat.name
-    return error
 
 
 def _register(primitive: Any, run_rule: Any, avals: Any, vmap: Any, lowering: Any) -> None:

@@ -39,9 +39,7 @@ jax_private.allow_effect(Draws)
 
 def refused(name: str, where: str) -> UnsupportedError:
     """The error for a function that draws random numbers where each run has to draw the same."""
-    error = UnsupportedError(f"it draws random numbers, and {where}", hint=KEYED)
-    error.function = name
-    return error
+    return UnsupportedError(f"it draws random numbers, and {where}", hint=KEYED).of(name)
 
 
 @contextlib.contextmanager

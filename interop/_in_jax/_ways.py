@@ -56,6 +56,10 @@ def _kept(xs: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, int, torch.Ten
     return [(x, x._version, x.detach().clone()) for x in xs if not x.is_inference()]
 
 
+def _versions(xs: Sequence[torch.Tensor]) -> list[int]:
+    return list(map(torch_private.version_of, xs))
+
+
 def again(name: str, fn: FlatFn, closed_over: Callable[[], list[torch.Tensor]], *, keyed: bool) -> FlatFn:
     """A derivative that runs its function again: with all that backward needs kept, and nothing that differs then.
 
@@ -70,18 +74,16 @@ def again(name: str, fn: FlatFn, closed_over: Callable[[], list[torch.Tensor]], 
     def watching(*leaves: Leaf) -> tuple[Leaves, Static]:
         is_real = not any(map(torch_private.is_traced, leaves))
         drawn = torch.get_rng_state() if is_real and not keyed else None
-        written = torch_private.versions(closed_over()) if is_real else None
+        written = _versions(closed_over()) if is_real else None
         with torch_private.everything_is_saved():
             result = fn(*leaves)
         if drawn is not None and not torch.equal(drawn, torch.get_rng_state()):
             raise refused(name, "a derivative ran it again, and drew others")
-        if is_real and written != torch_private.versions(closed_over()):
-            error = UnsupportedError(
+        if is_real and written != _versions(closed_over()):
+            raise UnsupportedError(
                 "it writes to a tensor that it closes over, and a derivative ran it again",
                 hint="Make it an argument and a result; of a module: make_functional(module, mutable=True)",
-            )
-            error.function = name
-            raise error
+            ).of(name)
         return result
 
     return run
@@ -102,12 +104,10 @@ def followed(flat: Flat) -> FlatFn:
         if promised:
             check_structure(structure, promised(tuple(map(aval_of, leaves))).structure, flat.name)
         if _is_followed(leaves) and not _is_followed(outs) and _needs_values(flat, leaves):
-            error = NotDifferentiableError(
+            raise NotDifferentiableError(
                 "its result is made of values that autograd does not follow (.item(), float(x), .numpy())",
                 hint="Compute it by operations of torch, or give it jax.lax.stop_gradient of its arguments",
-            )
-            error.function = flat.name
-            raise error
+            ).of(flat.name)
         return outs, structure
 
     return run
@@ -167,12 +167,10 @@ def _refuse_lost(flat: Flat, tangents: Leaves, gradients: Leaves, moved: Leaves)
     except RuntimeError:  # a batch of torch.func, which has no one value
         return
     if is_lost:
-        error = NotDifferentiableError(
+        raise NotDifferentiableError(
             "forward mode of an autograd.Function whose backward is not linear, or once_differentiable",
             hint="Give it a jvp, or write its backward in operations of torch",
-        )
-        error.function = flat.name
-        raise error
+        ).of(flat.name)
 
 
 def jvp_by_autograd(flat: Flat, nonzero: Mask) -> FlatFn:

@@ -348,7 +348,7 @@ def _versions(xs: Leaves) -> list[int]:
     try:
         return [x._version for x in xs]
     except (AttributeError, RuntimeError):  # numbers and inference tensors have none
-        return [0 if type(x) in _NUMBERS or x.is_inference() else x._version for x in xs]
+        return [0 if type(x) in _NUMBERS else torch_private.version_of(x) for x in xs]
 
 
 def _unchanged(xs: Leaves, versions: Sequence[int]) -> Leaves:

@@ -215,9 +215,9 @@ _functorch: Any = getattr(_C, "_functorch", None)
 below_autograd: Any = getattr(_C, "_AutoDispatchBelowAutograd", None)
 
 
-def versions(xs: Sequence[torch.Tensor]) -> list[int]:
-    """How often each was written to; an inference tensor does not say."""
-    return [0 if x.is_inference() else x._version for x in xs]
+def version_of(t: torch.Tensor) -> int:
+    """How often it was written to; an inference tensor does not say."""
+    return 0 if t.is_inference() else t._version
 
 
 def has_tangent(xs: Sequence[torch.Tensor]) -> bool:
@@ -278,6 +278,12 @@ def never_traced(fn: Callable[..., Any]) -> Callable[..., Any]:
         skip = _eval_frame._FrameAction.SKIP
         _eval_frame.set_code_exec_strategy(marked.__code__, _eval_frame._FrameExecStrategy(skip, skip))
     return fn
+
+
+def concrete(number: Any) -> Any:
+    """A number that torch keeps open in a trace, fixed for that trace, with a guard of torch's own."""
+    kind = type(number)
+    return int(number) if kind is torch.SymInt else float(number) if kind is torch.SymFloat else number
 
 
 @contextlib.contextmanager

@@ -73,7 +73,7 @@ def draw_sizes(rows: Sequence[Row]) -> None:
     axes.loglog(
         SIZES, [number(found[size, "pure torch"].ours) for size in SIZES], "o-", label="a JAX function in torch"
     )
-    for against in ("pure torch", "pure JAX"):
+    for against in FRAMEWORKS:
         axes.loglog(SIZES, [number(found[size, against].theirs) for size in SIZES], "o--", label=against)
     axes.set_xlabel("examples in the batch")
     axes.set_ylabel("forward + backward, microseconds")
