@@ -23,6 +23,7 @@ from jax.sharding import SingleDeviceSharding
 from interop._errors import DeviceError, LeafError, NarrowingError, PrecisionError
 from interop._private import jax as jax_private
 from interop._private import torch as torch_private
+from interop._streams import read_by_jax, read_by_torch
 from interop._threads import refuse_forked
 
 # --- dtypes -----------------------------------------------------------------------------------------------------------
@@ -115,12 +116,16 @@ def describe_all(leaves: Sequence[Any]) -> str:
 
 # --- devices ----------------------------------------------------------------------------------------------------------
 
-_DEVICES: dict[torch.device, Any] = {}
+DEVICES: dict[torch.device, Any] = {}
+
+# The CPU that results are made on, once it is known that JAX computes there unless it is told otherwise: of an array
+# that is there, nothing is to be looked at.
+AT_HOME: set[Any] = set()
 
 
 def _forget_devices() -> None:
     """JAX's threads do not survive a fork: the child asks for its devices again, and is told."""
-    _DEVICES.clear()
+    DEVICES.clear()
     AT_HOME.clear()
 
 
@@ -129,16 +134,26 @@ os.register_at_fork(after_in_child=_forget_devices)
 
 def jax_device(device: torch.device) -> Any:
     """The JAX device of a torch device; starts the backend on first use."""
-    found = _DEVICES.get(device)
+    found = DEVICES.get(device)
     if found is None:
-        found = _DEVICES[device] = _find_jax_device(device)
+        found = DEVICES[device] = _find_jax_device(device)
+        if device.type == "cpu" and jax.default_backend() == "cpu":
+            AT_HOME.add(found)
     return found
 
 
 def traced_device() -> torch.device:
     """The device that a function is traced for: where JAX puts what it is not told to put elsewhere."""
-    on_gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()
-    return torch.device("cuda") if on_gpu else torch.device("cpu")
+    place = _config.jax_default_device
+    platform = jax.default_backend() if place is None else getattr(place, "platform", place)
+    return torch.device("cpu" if platform == "cpu" or not torch.cuda.is_available() else "cuda")
+
+
+def computes_on_cpu() -> bool:
+    """Whether JAX computes on the CPU what it is not told to compute elsewhere: a numpy array goes there, say."""
+    if _CPU not in DEVICES:
+        jax_device(_CPU)
+    return bool(AT_HOME)
 
 
 def _find_jax_device(device: torch.device) -> Any:
@@ -194,7 +209,7 @@ def tensor_to_array(t: torch.Tensor, *, x64: bool = False) -> jax.Array:
 
 def import_tensor(t: torch.Tensor) -> jax.Array:
     """An array over the memory of a tensor that is known to be fit for it."""
-    device = _DEVICES.get(t.device) or jax_device(t.device)
+    device = DEVICES.get(t.device) or jax_device(t.device)
     if _import_capsule is None or not t.is_cpu:
         return _import_by_protocol(t, device)
     return _import_capsule(_capsule_of(t), device, None)
@@ -209,22 +224,28 @@ def _import_by_protocol(t: torch.Tensor, device: Any) -> jax.Array:
         return jax.device_put(jax.dlpack.from_dlpack(t), device)
 
 
-# The CPU that results are made on, once it is known: of an array that is there, nothing is to be looked at.
-AT_HOME: set[Any] = set()
+def import_to_keep(t: torch.Tensor) -> jax.Array:
+    """An array over the memory of a tensor that is fit for it, which outlives the call."""
+    array = import_tensor(t)
+    return array if t.is_cpu else read_by_jax(array, t)
 
 
 def is_home(device: Any) -> bool:
-    """Whether it is the CPU that results are made on."""
-    home = jax_device(_CPU)
-    AT_HOME.add(home)
-    return bool(device == home)
+    """Whether it is the CPU that results are made on, and JAX computes on."""
+    return computes_on_cpu() and device in AT_HOME
+
+
+def device_of(tensors: Sequence[torch.Tensor]) -> torch.device:
+    """The device that a function of these tensors runs on: a number on the CPU goes where the others are."""
+    here = next((t for t in tensors if t.dim() or not t.is_cpu), None)
+    return here.device if here is not None else _CPU if tensors else torch.get_default_device()
 
 
 def refuse_two_devices(tensors: Sequence[torch.Tensor]) -> None:
-    """Raise `DeviceError` for tensors on several devices, which JAX would move; a number may be anywhere."""
-    first = next((t for t in tensors if t.dim()), None)
+    """Raise `DeviceError` for tensors on several devices, which JAX would move; a number of the CPU may go anywhere."""
+    first = next((t for t in tensors if t.dim() or not t.is_cpu), None)
     for index, t in enumerate(tensors):
-        if first is not None and t.dim() and t.device != first.device:
+        if first is not None and t.device != first.device and (t.dim() or not t.is_cpu):
             raise DeviceError(f"tensors on {first.device} and {t.device} together", hint="Move them to one device").at(
                 index
             )
@@ -253,7 +274,7 @@ def view_of(t: torch.Tensor) -> Any:
 
 def copy_tensor(view: Any) -> jax.Array:
     """The values of a numpy array as an array on the CPU of their own."""
-    device = _DEVICES.get(_CPU) or jax_device(_CPU)
+    device = DEVICES.get(_CPU) or jax_device(_CPU)
     try:
         return _copy_of(view, device)
     except jax.errors.JaxRuntimeError as error:
@@ -264,8 +285,11 @@ def copy_tensor(view: Any) -> jax.Array:
 
 
 def argument_of(t: torch.Tensor, *, x64: bool) -> Any:
-    """A tensor as an argument of a jitted function, for the length of one call whose outputs are waited for."""
-    view = view_of(t)
+    """A tensor as an argument of a jitted function, for the length of one call whose outputs are waited for.
+
+    A number, and where JAX computes on the CPU any tensor, may go without saying where it is.
+    """
+    view = view_of(t) if AT_HOME or not t.dim() or computes_on_cpu() else None
     return tensor_to_array(t, x64=x64) if view is None else view
 
 
@@ -354,7 +378,7 @@ def share_tensor(t: torch.Tensor, *, copy: bool = False) -> jax.Array:
         t = narrow(t)
     elif copy or t.data_ptr() & 63:
         t = t.clone()
-    return import_tensor(_compact(t))
+    return import_to_keep(_compact(t))
 
 
 def copy_to_keep(t: torch.Tensor) -> jax.Array:
@@ -366,7 +390,10 @@ def copy_to_keep(t: torch.Tensor) -> jax.Array:
             got=describe(t),
             hint="Call module.float(), or set jax.config.update('jax_enable_x64', True)",
         )
-    return tensor_to_array(resolve(t.detach()).clone(memory_format=torch.contiguous_format), x64=x64)
+    t = resolve(t.detach())
+    if t.dtype in WIDE_INTS and not x64:
+        t = narrow(t)
+    return import_to_keep(t.clone(memory_format=torch.contiguous_format))
 
 
 def _compact(t: torch.Tensor) -> torch.Tensor:
@@ -385,13 +412,16 @@ def export(a: jax.Array) -> torch.Tensor:
     """A tensor over the memory of a result, which is dense, and ready or about to be; gathered from several devices."""
     if type(a.sharding) is not SingleDeviceSharding:  # the private name would export the first shard alone
         a = local(a)
-    return _from_capsule(_array_capsule(a))
+    t = _from_capsule(_array_capsule(a))
+    return t if t.is_cpu else read_by_torch(t, a)
 
 
 def array_to_tensor(a: Any) -> torch.Tensor:
     """A tensor over the memory of an array; a sharded one is gathered first. Raises `LeafError` where there is none."""
     # A view of the array, which the user may delete: of the array itself, XLA would abort the process.
-    return _from_capsule(_array_capsule(local(a).addressable_data(0)))
+    a = local(a).addressable_data(0)
+    t = _from_capsule(_array_capsule(a))
+    return t if t.is_cpu else read_by_torch(t, a)
 
 
 def local(a: Any) -> jax.Array:

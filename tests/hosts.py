@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -17,6 +18,9 @@ from torch.utils import checkpoint
 import interop
 from cases import Case
 
+# Where the tests run: on the CPU, unless the environment names "cuda".
+DEVICE = os.environ.get("INTEROP_DEVICE", "cpu")
+
 Fn: TypeAlias = Callable[..., Any]
 Tree: TypeAlias = Any
 
@@ -24,7 +28,7 @@ Tree: TypeAlias = Any
 def numpy_of(leaf: Any) -> np.ndarray[Any, Any]:
     """The values of a leaf of either framework."""
     if isinstance(leaf, torch.Tensor):
-        leaf = leaf.detach().resolve_conj().resolve_neg()
+        leaf = leaf.detach().resolve_conj().resolve_neg().cpu()
         return leaf.float().numpy() if leaf.dtype is torch.bfloat16 else leaf.numpy()
     return np.asarray(leaf, np.float32) if leaf.dtype == jnp.bfloat16 else np.asarray(leaf)
 
@@ -145,8 +149,8 @@ class TorchHost(Host):
 
     def leaf(self, value: np.ndarray[Any, Any]) -> torch.Tensor:
         if str(value.dtype) == "bfloat16":
-            return torch.tensor(value.astype(np.float32)).bfloat16()
-        return torch.tensor(value)
+            return torch.tensor(value.astype(np.float32), device=DEVICE).bfloat16()
+        return torch.tensor(value, device=DEVICE)
 
     def stack(self, leaves: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.stack(list(leaves))
@@ -158,7 +162,7 @@ class TorchHost(Host):
         return torch.zeros(())
 
     def weights(self, x: torch.Tensor) -> torch.Tensor:
-        n = torch.arange(x.numel(), dtype=torch.float64).reshape(x.shape) + 1
+        n = torch.arange(x.numel(), dtype=torch.float64, device=x.device).reshape(x.shape) + 1
         return (torch.complex(torch.cos(n), torch.sin(2 * n)) if x.is_complex() else torch.cos(n)).to(x.dtype)
 
     # --- transforms
@@ -283,7 +287,7 @@ class TorchHost(Host):
             return torch_pytree.tree_map_only(torch.Tensor, torch.clone, fn(*leaves))
 
     def autocast(self, fn: Fn, leaves: list[Any], _active: Sequence[int]) -> Tree:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             return fn(*leaves)
 
     def graph(self, fn: Fn, leaves: list[Any], _active: Sequence[int]) -> Tree:

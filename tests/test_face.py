@@ -118,6 +118,7 @@ ORDER = [
     "_log",
     "_private",
     "_threads",
+    "_streams",
     "_leaf",
     "_side",
     "_signature",

@@ -16,12 +16,13 @@ from interop._abstract import Aval, check_promise, check_structure, narrowed
 from interop._derive import FlatFn, Static
 from interop._errors import InteropError
 from interop._in_jax._flat import TorchFlat
-from interop._in_jax._random import refused
-from interop._in_jax._surroundings import TorchState, flushes, on_stream
+from interop._in_jax._random import Watched, refused
+from interop._in_jax._surroundings import TorchState, flushes
 from interop._leaf import SMALL
 from interop._notes import note_of
 from interop._private import torch as torch_private
 from interop._side import Leaf, Leaves
+from interop._streams import on_stream
 from interop._threads import TAKING_TURNS, THREAD
 
 from_numpy, from_capsule = torch.from_numpy, torch_private.from_capsule
@@ -46,8 +47,9 @@ def callback(flat: TorchFlat, avals: Sequence[Aval], structure: Static, *, trust
 
     def on_device(context: Any, outs: Any, buffers: Sequence[Any]) -> None:
         places = [export_buffer(out) for out in outs]
-        if places and places[0].is_cuda:
-            with on_stream(context, places[0].device):
+        first = places[0] if places or not buffers else export_buffer(buffers[0])
+        if first.is_cuda:
+            with on_stream(context, first.device):
                 run(places, buffers)
         else:
             run(places, buffers)
@@ -143,9 +145,9 @@ def _without_draws(fn: FlatFn, name: str) -> FlatFn:
     """A function that could not be inferred, watched: the program does not know that it draws."""
 
     def run(*leaves: Leaf) -> tuple[Leaves, Static]:
-        before = torch.get_rng_state()
+        generators = Watched()
         found = fn(*leaves)
-        if not torch.equal(before, torch.get_rng_state()):
+        if generators.were_drawn_from():
             raise refused(name, "what it draws is no effect that the program knows of: its shapes are not inferred")
         return found
 

@@ -21,7 +21,6 @@ from typing import Any, TypeAlias
 import jax
 import jax.core
 import numpy as np
-import torch
 from jax.experimental.buffer_callback import buffer_callback
 from jax.interpreters import ad, batching, mlir
 
@@ -32,7 +31,7 @@ from interop._in_jax import _live
 from interop._in_jax._callback import callback
 from interop._in_jax._capture import Capture, capture
 from interop._in_jax._flat import TorchFlat, is_inexact, run, warn_gathered
-from interop._in_jax._random import Draws, refused
+from interop._in_jax._random import Draws, Watched, refused
 from interop._private import jax as jax_private
 from interop._side import Leaf
 
@@ -362,9 +361,9 @@ def _forward_run(*ins: Any, flat: TorchFlat, active: Mask, cut: Capture) -> list
 
 def _linear_run(*ins: Any, flat: TorchFlat, active: Mask, source: Any, outs: Any) -> list[jax.Array]:
     del outs
-    before = torch.get_rng_state()
+    generators = Watched()
     moved = run(_linear_flat(flat, active, source), _linear_operands(ins, active, source))[0]
-    if not torch.equal(before, torch.get_rng_state()):
+    if generators.were_drawn_from():
         raise refused(flat.name, "the value came from another run, which drew others")
     return moved
 

@@ -14,7 +14,7 @@ import torch
 
 from interop._abstract import Aval, Outputs, aval_of, check_promise, check_structure, infer_torch, narrowed
 from interop._derive import NOTHING, Axes, Flat, FlatFn, Mask, Static, derive_jvp, derive_vjp, derive_vmap
-from interop._errors import InteropError, PrecisionError
+from interop._errors import DeviceError, InteropError, PrecisionError
 from interop._in_jax._graph import Graph
 from interop._in_jax._random import seeding
 from interop._in_jax._surroundings import TorchState
@@ -39,11 +39,12 @@ from interop._leaf import (
     copy_tensor,
     describe,
     describe_all,
-    import_tensor,
+    import_to_keep,
     is_home,
     jax_dtype,
     narrow,
     resolve,
+    traced_device,
     view_of,
     x64_enabled,
 )
@@ -332,7 +333,10 @@ def home_of(arrays: Sequence[Any]) -> Any:
 
 
 def tensors_of(arrays: Sequence[Any]) -> list[torch.Tensor]:
-    """Tensors over the memory of arrays, gathered if they are on several devices; raises for one that can't cross."""
+    """Tensors over the memory of arrays, gathered if they are on several devices; raises for one that can't cross.
+
+    As in JAX, an array that was put nowhere goes where another was.
+    """
     if any(isinstance(a, jax.Array) and len(a.sharding.device_set) > 1 for a in arrays):
         warn_gathered()
     tensors: list[torch.Tensor] = []
@@ -341,7 +345,21 @@ def tensors_of(arrays: Sequence[Any]) -> list[torch.Tensor]:
             tensors.append(array_to_tensor(array))
         except InteropError as error:
             raise error.at(index)  # noqa: B904 - the same error, located
+    if len({t.device for t in tensors}) > 1:
+        tensors = _together(tensors, arrays)
     return tensors
+
+
+def _together(tensors: Sequence[torch.Tensor], arrays: Sequence[Any]) -> list[torch.Tensor]:
+    """On one device."""
+    places = {
+        t.device: i for i, (t, a) in enumerate(zip(tensors, arrays, strict=True)) if getattr(a, "committed", False)
+    }
+    if len(places) > 1:
+        where = " and ".join(map(str, places))
+        raise DeviceError(f"arrays on {where} together", hint="Move them to one device").at(max(places.values()))
+    (place,) = places or (traced_device(),)
+    return [t.to(place) for t in tensors]
 
 
 _warned = False
@@ -387,7 +405,7 @@ def result_to_array(t: torch.Tensor) -> jax.Array:
     t = resolve(t.detach())
     if t.dtype in WIDE_INTS and not x64:
         t = narrow(t)
-    return import_tensor(t.clone(memory_format=torch.contiguous_format))
+    return import_to_keep(t.clone(memory_format=torch.contiguous_format))
 
 
 def _aval(array: Any) -> Aval:

@@ -46,7 +46,8 @@ class Live:
     def pull(self, cotangents: Sequence[Any]) -> list[jax.Array]:
         """The gradients of the active inputs, in JAX's complex convention; an absent cotangent is zero."""
         asked = [(o, c) for o, c in zip(self.outputs, cotangents, strict=True) if c is not None and o.requires_grad]
-        pairs = [(o, TORCH.conjugated(array_to_tensor(c))) for o, c in asked]
+        # JAX makes some cotangents on the device that it computes on by default.
+        pairs = [(o, TORCH.conjugated(array_to_tensor(c)).to(o.device)) for o, c in asked]
         grads: Sequence[Any] = (None,) * len(self.inputs)
         if pairs:
             grads = torch.autograd.grad(

@@ -52,7 +52,7 @@ def seeding(key: torch.Tensor, *, watch: bool = True) -> Generator[None]:
     data: list[Any] = key.tolist()
     own = _Own(b"".join(int(word).to_bytes(4, "little") for word in data))
     with TAKING_TURNS:  # the generators belong to the process
-        for generator in (torch.default_generator, *_generators_of_gpus()):
+        for generator in _generators():
             own.seed(generator, stream=0)
         try:
             with own if watch else contextlib.nullcontext():
@@ -84,5 +84,17 @@ class _Own(TorchFunctionMode):
         generator.manual_seed(int.from_bytes(digest.digest(), "little"))
 
 
-def _generators_of_gpus() -> tuple[torch.Generator, ...]:
-    return torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+def _generators() -> list[torch.Generator]:
+    """Torch's own: of the CPU, and of each GPU."""
+    return [torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())]
+
+
+class Watched:
+    """Torch's own generators, as they were when this was made."""
+
+    def __init__(self) -> None:
+        self.before = [(generator, generator.get_state()) for generator in _generators()]
+
+    def were_drawn_from(self) -> bool:
+        """Whether one of them has moved since."""
+        return not all(torch.equal(state, generator.get_state()) for generator, state in self.before)

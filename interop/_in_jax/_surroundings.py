@@ -1,10 +1,10 @@
-"""Where a torch function runs: the modes of torch, and the stream of the device."""
+"""Where a torch function runs: in which modes of torch."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -23,13 +23,6 @@ any_autocast, function_modes = torch_private.any_autocast, torch_private.functio
 def flushes() -> bool:
     """Whether denormal numbers are flushed to zero in this thread, as they are in a program of JAX."""
     return _TINY * _ONE == 0
-
-
-@contextlib.contextmanager
-def on_stream(context: Any, device: torch.device) -> Generator[None]:
-    """On the stream of a program on a GPU: XLA goes on when that stream has come so far."""
-    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.ExternalStream(context.stream(), device=device)):
-        yield
 
 
 class TorchState(NamedTuple):

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from interop._abstract import aval_of, check_structure, infer_torch
 from interop._derive import NOTHING, Flat, FlatFn, Mask, Static, inexact_part, pick
 from interop._errors import AbstractEvalError, InteropError, NotDifferentiableError, UnsupportedError
-from interop._in_jax._random import refused
+from interop._in_jax._random import Watched, refused
 from interop._log import tell
 from interop._private import torch as torch_private
 from interop._side import TORCH, Leaf, Leaves
@@ -73,11 +73,11 @@ def again(name: str, fn: FlatFn, closed_over: Callable[[], list[torch.Tensor]], 
 
     def watching(*leaves: Leaf) -> tuple[Leaves, Static]:
         is_real = not any(map(torch_private.is_traced, leaves))
-        drawn = torch.get_rng_state() if is_real and not keyed else None
+        generators = Watched() if is_real and not keyed else None
         written = _versions(closed_over()) if is_real else None
         with torch_private.everything_is_saved():
             result = fn(*leaves)
-        if drawn is not None and not torch.equal(drawn, torch.get_rng_state()):
+        if generators and generators.were_drawn_from():
             raise refused(name, "a derivative ran it again, and drew others")
         if is_real and written != _versions(closed_over()):
             raise UnsupportedError(

@@ -8,6 +8,7 @@ which knows what it is under fake tensors and tracers (`_Traced`), and below `to
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -21,12 +22,16 @@ from interop._in_torch._flat import FLATS, RAN, JaxFlat
 from interop._in_torch._residuals import Plan, with_residuals
 from interop._in_torch._sizes import avals_of, is_open, shaped
 from interop._leaf import (
+    AT_HOME,
     PLAIN,
     TORCH_OF,
     WIDE_FLOATS,
     argument_of,
+    computes_on_cpu,
     describe,
+    device_of,
     export,
+    jax_device,
     jax_dtype,
     refuse_two_devices,
     resolve,
@@ -67,6 +72,8 @@ def call(flat: JaxFlat, leaves: Sequence[Leaf]) -> _Result:
         return _call_transformed(flat, leaves)
     if _dispatch_modes() or _is_tracing():
         return _call_op(flat, leaves, _Traced)
+    if not AT_HOME and not computes_on_cpu():
+        return _call_carefully(flat, leaves)
     arrays = []
     differentiated = False
     for leaf in leaves:
@@ -182,10 +189,17 @@ def evaluate(flat: JaxFlat, arrays: Sequence[Any]) -> tuple[Leaves, Static]:
     """The jitted function in its own width, whatever this thread has set. Its outputs never alias its inputs."""
     if THREAD.cannot_wait:
         refuse_waiting()
-    if flat.x64 is _config.jax_enable_x64:
+    if AT_HOME and flat.x64 is _config.jax_enable_x64:
         return run(flat, arrays)
-    with jax.enable_x64(flat.x64):
+    with jax.enable_x64(flat.x64), contextlib.nullcontext() if AT_HOME else _where_torch_is(arrays):
         return run(flat, arrays)
+
+
+def _where_torch_is(arrays: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
+    """Numbers alone are computed on where torch would, not where JAX would."""
+    if any(isinstance(array, jax.Array) for array in arrays):
+        return contextlib.nullcontext()
+    return jax.default_device(jax_device(_CPU if any(type(a) not in _NUMBERS for a in arrays) else device_of(())))
 
 
 def run(flat: JaxFlat, arrays: Sequence[Any]) -> tuple[Leaves, Static]:
@@ -399,7 +413,7 @@ def _op(xs: list[torch.Tensor], function: str) -> list[torch.Tensor]:
     flat = FLATS[function]
     arrays = [view_of(x) for x in xs]
     try:
-        if any(array is None for array in arrays):
+        if not computes_on_cpu() or any(array is None for array in arrays):
             arrays = arrays_of(xs, x64=flat.x64)
         return [export(out) for out in evaluate(flat, arrays)[0]]
     except InteropError as error:
@@ -417,7 +431,7 @@ def _op_fake(xs: list[torch.Tensor], function: str) -> list[torch.Tensor]:
         raise flat.locate(error.at(without[0]))
     if not torch_private.is_compiled():
         FLATS.keep(function, flat)
-    device = xs[0].device if xs else _CPU
+    device = device_of(xs)
     outs = shaped(flat, xs)
     return [torch.empty(s, dtype=dtype, device=device) for s, dtype in zip(outs.shapes, outs.dtypes, strict=True)]
 
@@ -483,7 +497,7 @@ def lifted(flat: JaxFlat, leaves: Sequence[Leaf]) -> tuple[JaxFlat, list[torch.T
     if in_64_bits(given):
         flat = flat.wide()
     traced = next(filter(torch_private.is_traced, given), None)
-    device = given[0].device if given else _CPU
+    device = device_of(given)
     tensors: list[torch.Tensor] = []
     for index, leaf in enumerate(leaves):
         try:

@@ -46,12 +46,13 @@ import_capsule: Any = getattr(_jax, "dlpack_managed_tensor_to_buffer", None)
 device_of: Callable[[Any], Any] = operator.attrgetter("nowhere" if PUBLIC_ONLY else "_sharding._device")
 
 
-def _public_capsule(array: jax.Array) -> Any:
-    return array.__dlpack__()
+def _public_capsule(array: jax.Array, stream: int | None = None) -> Any:
+    return array.__dlpack__(stream=stream)
 
 
-# The DLPack capsule of an array, waiting until its value is there: 0.4 us, against 3.6 us of `__dlpack__`.
-capsule_of: Callable[[jax.Array], Any] = getattr(_jax, "buffer_to_dlpack_managed_tensor", None) or _public_capsule
+# The DLPack capsule of an array, waiting until its value is there (on a GPU it is the stream that waits, if one is
+# given): 0.4 us, against 3.6 us of `__dlpack__`.
+capsule_of: Callable[..., Any] = getattr(_jax, "buffer_to_dlpack_managed_tensor", None) or _public_capsule
 
 
 @functools.lru_cache(maxsize=1024)
