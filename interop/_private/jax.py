@@ -47,7 +47,8 @@ device_of: Callable[[Any], Any] = operator.attrgetter("nowhere" if PUBLIC_ONLY e
 
 
 def _public_capsule(array: jax.Array, stream: int | None = None) -> Any:
-    return array.__dlpack__(stream=stream)
+    shared: Any = array  # as it is declared, it knows no stream
+    return shared.__dlpack__(stream=stream)
 
 
 # The DLPack capsule of an array, waiting until its value is there (on a GPU it is the stream that waits, if one is
