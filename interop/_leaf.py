@@ -23,7 +23,7 @@ from jax.sharding import SingleDeviceSharding
 from interop._errors import DeviceError, LeafError, NarrowingError, PrecisionError
 from interop._private import jax as jax_private
 from interop._private import torch as torch_private
-from interop._streams import read_by_jax, read_by_torch
+from interop._streams import array_over, outlive, tensor_over
 from interop._threads import refuse_forked
 
 # --- dtypes -----------------------------------------------------------------------------------------------------------
@@ -210,13 +210,15 @@ def tensor_to_array(t: torch.Tensor, *, x64: bool = False) -> jax.Array:
 def import_tensor(t: torch.Tensor) -> jax.Array:
     """An array over the memory of a tensor that is known to be fit for it."""
     device = DEVICES.get(t.device) or jax_device(t.device)
-    if _import_capsule is None or not t.is_cpu:
+    if _import_capsule is None:
         return _import_by_protocol(t, device)
+    if not t.is_cpu:
+        return array_over(t, device)
     return _import_capsule(_capsule_of(t), device, None)
 
 
 def _import_by_protocol(t: torch.Tensor, device: Any) -> jax.Array:
-    """By the public protocol: on a GPU it makes JAX's stream wait for torch's, where the tensor's device is current."""
+    """By the public protocol: on a GPU, JAX waits for torch's stream, where the tensor's device is current."""
     with contextlib.ExitStack() as stack:
         if t.is_cuda:
             stack.enter_context(torch.cuda.device(t.device))
@@ -227,7 +229,9 @@ def _import_by_protocol(t: torch.Tensor, device: Any) -> jax.Array:
 def import_to_keep(t: torch.Tensor) -> jax.Array:
     """An array over the memory of a tensor that is fit for it, which outlives the call."""
     array = import_tensor(t)
-    return array if t.is_cpu else read_by_jax(array, t)
+    if not t.is_cpu:
+        outlive(t, array.device)
+    return array
 
 
 def is_home(device: Any) -> bool:
@@ -412,16 +416,18 @@ def export(a: jax.Array) -> torch.Tensor:
     """A tensor over the memory of a result, which is dense, and ready or about to be; gathered from several devices."""
     if type(a.sharding) is not SingleDeviceSharding:  # the private name would export the first shard alone
         a = local(a)
-    t = _from_capsule(_array_capsule(a))
-    return t if t.is_cpu else read_by_torch(t, a)
+    if AT_HOME:
+        t = _from_capsule(_array_capsule(a))
+        if t.is_cpu:
+            return t
+    device: Any = a.device  # 2 us
+    return _from_capsule(_array_capsule(a)) if device.platform == "cpu" else tensor_over(a, device)
 
 
 def array_to_tensor(a: Any) -> torch.Tensor:
     """A tensor over the memory of an array; a sharded one is gathered first. Raises `LeafError` where there is none."""
     # A view of the array, which the user may delete: of the array itself, XLA would abort the process.
-    a = local(a).addressable_data(0)
-    t = _from_capsule(_array_capsule(a))
-    return t if t.is_cpu else read_by_torch(t, a)
+    return export(local(a).addressable_data(0))
 
 
 def local(a: Any) -> jax.Array:

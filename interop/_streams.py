@@ -17,6 +17,9 @@ import torch
 from jax.experimental.buffer_callback import buffer_callback
 
 from interop._private import jax as jax_private
+from interop._private import torch as torch_private
+
+_DEFAULT = 1  # CUDA's own name for its default stream, which torch calls 0
 
 
 @functools.cache
@@ -30,31 +33,43 @@ def _of_programs(device: Any) -> torch.cuda.Stream:
     program = jax.jit(buffer_callback(look, jax.ShapeDtypeStruct((), bool)))
     with jax.ensure_compile_time_eval(), jax.default_device(device):
         jax.block_until_ready(program())
-    return torch.cuda.ExternalStream(found[0], torch.device("cuda", device.local_hardware_id))
+    return _stream(found[0], device.local_hardware_id)
 
 
-def read_by_torch(t: torch.Tensor, array: jax.Array) -> torch.Tensor:
-    """A tensor over the memory of an array: torch's current stream waits for the array.
+@functools.lru_cache(maxsize=256)
+def _stream(address: int, index: int) -> torch.cuda.Stream:
+    return torch.cuda.ExternalStream(address, index)
+
+
+def tensor_over(array: jax.Array, device: Any) -> torch.Tensor:
+    """A tensor over the memory of an array on a GPU: torch's current stream waits until its values are there.
 
     When the tensor is dropped, JAX has the memory back, and waits for what torch has queued until then.
     """
-    stream = torch.cuda.current_stream(t.device)
-    jax_private.capsule_of(array, stream=stream.cuda_stream or 1)  # CUDA's own name for its default stream
-    weakref.finalize(t.untyped_storage(), _give_back, array.device, t.device).atexit = False
+    stream = torch.cuda.current_stream(device.local_hardware_id)
+    t = torch_private.from_capsule(jax_private.capsule_of(array, stream=stream.cuda_stream or _DEFAULT))
+    weakref.finalize(t.untyped_storage(), _give_back, _of_programs(device), device.local_hardware_id).atexit = False
     return t
 
 
-def _give_back(device: Any, torch_device: torch.device) -> None:
-    _of_programs(device).wait_stream(torch.cuda.current_stream(torch_device))
+def _give_back(programs: torch.cuda.Stream, index: int) -> None:
+    programs.wait_stream(torch.cuda.current_stream(index))
 
 
-def read_by_jax(array: jax.Array, t: torch.Tensor) -> jax.Array:
-    """An array over the memory of a tensor, which outlives the call; it waited for torch's stream when it was made.
+def array_over(t: torch.Tensor, device: Any) -> jax.Array:
+    """An array over the memory of a tensor on a GPU, for the length of one call: JAX waits for torch's current stream.
 
-    When it is dropped, torch has the memory back, and waits for what JAX has queued until then.
+    Torch waits for the results of the call, and so uses the memory again when JAX has read it.
     """
-    t.record_stream(_of_programs(array.device))
+    ready = device.get_stream_for_external_ready_events()
+    _stream(ready, device.local_hardware_id).wait_stream(torch.cuda.current_stream(t.device))
+    array: jax.Array = jax_private.import_capsule(torch_private.capsule_of(t), device, ready)
     return array
+
+
+def outlive(t: torch.Tensor, device: Any) -> None:
+    """Have torch wait, before it uses the memory of this tensor again, for what JAX has queued until then."""
+    t.record_stream(_of_programs(device))
 
 
 @contextlib.contextmanager
@@ -63,7 +78,7 @@ def on_stream(context: Any, device: torch.device) -> Generator[None]:
 
     What the function closes over may be on its way in torch's own stream, or be written to there as soon as it returns.
     """
-    program, home = torch.cuda.ExternalStream(context.stream, device=device), torch.cuda.default_stream(device)
+    program, home = _stream(context.stream, device.index), torch.cuda.default_stream(device)
     with torch.cuda.device(device), torch.cuda.stream(program):
         program.wait_stream(home)
         try:

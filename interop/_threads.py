@@ -27,9 +27,11 @@ class _Thread(threading.local):
     Attributes:
         cannot_wait: whether a JAX program that this thread starts could wait for ever: the thread belongs to another
             compiled program, which has called back into torch and waits for this one; or to a forked child.
+        on_gpu: whether that program runs on a GPU, which compiles no other meanwhile.
     """
 
     cannot_wait = False
+    on_gpu = False
 
 
 THREAD = _Thread()
@@ -58,6 +60,11 @@ def refuse_forked() -> None:
 def refuse_waiting() -> None:
     """Raise where a JAX program would wait for ever, or could; programs that run in turn can't."""
     refuse_forked()
+    if THREAD.on_gpu:
+        raise NestedError(
+            "a JAX function was called from torch inside a compiled JAX program on a GPU, which can hang",
+            hint="Call it outside jit",
+        )
     if not _config.read("jax_cpu_enable_async_dispatch"):
         return
     raise NestedError(
@@ -75,3 +82,14 @@ def turn_given_away() -> Generator[None]:
     finally:
         if held is not None:
             TAKING_TURNS._acquire_restore(held)
+
+
+@contextlib.contextmanager
+def inside_a_gpu_program() -> Generator[None]:
+    """In a callback of a program on a GPU."""
+    before = THREAD.cannot_wait, THREAD.on_gpu
+    THREAD.cannot_wait = THREAD.on_gpu = True
+    try:
+        yield
+    finally:
+        THREAD.cannot_wait, THREAD.on_gpu = before

@@ -344,6 +344,17 @@ def test_memory_is_given_back() -> None:
     assert all(b - a < 2**24 for a, b in zip(before, after, strict=True)), (before, after)
 
 
+def test_a_jax_function_inside_a_compiled_program_is_refused() -> None:
+    """XLA compiles nothing for a GPU while it runs a program there: it would hang."""
+    inner = into_torch(lambda t: jnp.tanh(t @ t))
+    outer = into_jax(lambda t: inner(t) + t)
+    a = jnp.eye(500)
+    np.testing.assert_allclose(outer(a), jnp.tanh(a @ a) + a, rtol=1e-6)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="NestedError.*on a GPU.*Call it outside jit"):
+        jax.block_until_ready(jax.jit(outer)(a))
+    np.testing.assert_allclose(outer(a), jnp.tanh(a @ a) + a, rtol=1e-6)
+
+
 # --- randomness, modes, modules ---------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ from interop._notes import note_of
 from interop._private import torch as torch_private
 from interop._side import Leaf, Leaves
 from interop._streams import on_stream
-from interop._threads import TAKING_TURNS, THREAD
+from interop._threads import TAKING_TURNS, THREAD, inside_a_gpu_program
 
 from_numpy, from_capsule = torch.from_numpy, torch_private.from_capsule
 set_flush_denormal = torch.set_flush_denormal
@@ -49,7 +49,7 @@ def callback(flat: TorchFlat, avals: Sequence[Aval], structure: Static, *, trust
         places = [export_buffer(out) for out in outs]
         first = places[0] if places or not buffers else export_buffer(buffers[0])
         if first.is_cuda:
-            with on_stream(context, first.device):
+            with on_stream(context, first.device), inside_a_gpu_program():
                 run(places, buffers)
         else:
             run(places, buffers)

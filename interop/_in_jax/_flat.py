@@ -322,8 +322,12 @@ def at_home(results: list[jax.Array], home: Any) -> list[jax.Array]:
 
 
 def home_of(arrays: Sequence[Any]) -> Any:
-    """Where results of these arguments belong: on the mesh of one that is on several devices, or on their device."""
-    shardings = [a.sharding for a in arrays if isinstance(a, jax.Array)]
+    """Where results of these arguments belong: on the mesh of one that is on several devices, or on their device.
+
+    As in JAX, that of an array that was put there comes first.
+    """
+    given = sorted((a for a in arrays if isinstance(a, jax.Array)), key=lambda a: not a.committed)
+    shardings = [a.sharding for a in given]
     for sharding in shardings:
         if len(sharding.device_set) > 1:
             mesh = getattr(sharding, "mesh", None)
