@@ -242,7 +242,10 @@ def is_home(device: Any) -> bool:
 def device_of(tensors: Sequence[torch.Tensor]) -> torch.device:
     """The device that a function of these tensors runs on: a number on the CPU goes where the others are."""
     here = next((t for t in tensors if t.dim() or not t.is_cpu), None)
-    return here.device if here is not None else _CPU if tensors else torch.get_default_device()
+    if here is not None or tensors:
+        return _CPU if here is None else here.device
+    default = torch.get_default_device()
+    return default if default.type == "cuda" else _CPU
 
 
 def refuse_two_devices(tensors: Sequence[torch.Tensor]) -> None:

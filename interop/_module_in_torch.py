@@ -14,7 +14,7 @@ from typing_extensions import ParamSpec, TypeVar, Unpack
 
 from interop._crossing import refine
 from interop._errors import LeafError, OptionError, UnsupportedError, blaming
-from interop._leaf import array_to_tensor, copy_to_keep, describe, tensor_of_numpy
+from interop._leaf import array_to_tensor, copy_to_keep, describe, tensor_of_numpy, traced_device
 from interop._models import MISSING, Applied, Form, Model, Structure, apart, taken_apart
 from interop._private import torch as torch_private
 from interop._side import TORCH
@@ -487,7 +487,7 @@ def _tensor(leaf: Any, form: Form, *, clone: bool) -> torch.Tensor:
     if isinstance(leaf, jax.Array):
         found = array_to_tensor(jax.random.key_data(leaf) if form.impl else leaf)
     else:
-        found = tensor_of_numpy(leaf)
+        found = tensor_of_numpy(leaf).to(traced_device())
     if form.bits:
         found = found.view(getattr(torch, form.bits))
     return found.clone() if clone else found

@@ -19,7 +19,7 @@ from jax.experimental.buffer_callback import buffer_callback
 from interop._private import jax as jax_private
 from interop._private import torch as torch_private
 
-_DEFAULT = 1  # CUDA's own name for its default stream, which torch calls 0
+_DEFAULT = 1  # CUDA's own address for its default stream, which torch calls 0
 
 
 @functools.cache
@@ -38,7 +38,11 @@ def _of_programs(device: Any) -> torch.cuda.Stream:
 
 @functools.lru_cache(maxsize=256)
 def _stream(address: int, index: int) -> torch.cuda.Stream:
-    return torch.cuda.ExternalStream(address, index)
+    return torch.cuda.ExternalStream(address, index) if address else torch.cuda.default_stream(index)
+
+
+def _current(index: int) -> torch.cuda.Stream:
+    return _stream(torch_private.current_stream(index), index)
 
 
 def tensor_over(array: jax.Array, device: Any) -> torch.Tensor:
@@ -46,14 +50,15 @@ def tensor_over(array: jax.Array, device: Any) -> torch.Tensor:
 
     When the tensor is dropped, JAX has the memory back, and waits for what torch has queued until then.
     """
-    stream = torch.cuda.current_stream(device.local_hardware_id)
-    t = torch_private.from_capsule(jax_private.capsule_of(array, stream=stream.cuda_stream or _DEFAULT))
-    weakref.finalize(t.untyped_storage(), _give_back, _of_programs(device), device.local_hardware_id).atexit = False
+    index: int = device.local_hardware_id
+    stream = torch_private.current_stream(index) or _DEFAULT
+    t = torch_private.from_capsule(jax_private.capsule_of(array, stream=stream))
+    weakref.finalize(t.untyped_storage(), _give_back, _of_programs(device), index).atexit = False
     return t
 
 
 def _give_back(programs: torch.cuda.Stream, index: int) -> None:
-    programs.wait_stream(torch.cuda.current_stream(index))
+    programs.wait_stream(_current(index))
 
 
 def array_over(t: torch.Tensor, device: Any) -> jax.Array:
@@ -61,8 +66,8 @@ def array_over(t: torch.Tensor, device: Any) -> jax.Array:
 
     Torch waits for the results of the call, and so uses the memory again when JAX has read it.
     """
-    ready = device.get_stream_for_external_ready_events()
-    _stream(ready, device.local_hardware_id).wait_stream(torch.cuda.current_stream(t.device))
+    ready, index = device.get_stream_for_external_ready_events(), device.local_hardware_id
+    _stream(ready, index).wait_stream(_current(index))
     array: jax.Array = jax_private.import_capsule(torch_private.capsule_of(t), device, ready)
     return array
 
@@ -78,7 +83,7 @@ def on_stream(context: Any, device: torch.device) -> Generator[None]:
 
     What the function closes over may be on its way in torch's own stream, or be written to there as soon as it returns.
     """
-    program, home = _stream(context.stream, device.index), torch.cuda.default_stream(device)
+    program, home = _stream(context.stream, device.index), _stream(0, device.index)
     with torch.cuda.device(device), torch.cuda.stream(program):
         program.wait_stream(home)
         try:

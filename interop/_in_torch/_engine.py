@@ -431,6 +431,10 @@ def _op_fake(xs: list[torch.Tensor], function: str) -> list[torch.Tensor]:
         raise flat.locate(error.at(without[0]))
     if not torch_private.is_compiled():
         FLATS.keep(function, flat)
+    try:
+        refuse_two_devices(xs)
+    except InteropError as error:
+        raise flat.locate(error)  # noqa: B904 - the same error; in a graph, no frame above knows the function
     device = device_of(xs)
     outs = shaped(flat, xs)
     return [torch.empty(s, dtype=dtype, device=device) for s, dtype in zip(outs.shapes, outs.dtypes, strict=True)]
