@@ -3,7 +3,7 @@ PYTHON ?= python3
 NEWEST_PYTHON ?= python3.13
 BIN := .venv/bin
 
-.PHONY: demo examples test test-oldest lint bench docs operators smoke speed clean
+.PHONY: demo examples test test-gpu test-oldest lint bench docs operators smoke speed clean
 
 demo: .venv/installed
 	$(BIN)/python examples/quickstart.py
@@ -15,6 +15,13 @@ examples: .venv/installed
 # Two processes; a file stays in one of them, with what it has set up.
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# On a machine with a GPU, and builds of both frameworks for it: what is about GPUs, and the matrix with its values there.
+test-gpu: export INTEROP_DEVICE = cuda
+test-gpu: export XLA_PYTHON_CLIENT_PREALLOCATE = false
+test-gpu: .venv/installed
+	$(BIN)/python -m pytest tests/test_gpu.py tests/test_transforms.py
+	$(BIN)/python -m pytest tests/test_module_in_torch.py -k on_the_gpu
 
 # The same with the oldest versions that pyproject.toml allows, and under the newest Python at hand.
 test-oldest: .venv-oldest/installed .venv-newest/installed

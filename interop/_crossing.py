@@ -31,6 +31,7 @@ from interop._leaf import (
     array_of_numpy,
     array_to_tensor,
     describe,
+    device_of,
     refuse_foreign,
     tensor_of_numpy,
     tensor_to_array,
@@ -220,7 +221,8 @@ class Entry:
             return leaves, ()
         pairs = list(zip(leaves, spec.kinds, strict=True))
         impls = tuple(str(jax.random.key_impl(leaf)) if kind is Kind.KEY else None for leaf, kind in pairs)
-        return [_given(self.host, leaf, kind, index) for index, (leaf, kind) in enumerate(pairs)], impls
+        given = [_given(self.host, leaf, kind, index) for index, (leaf, kind) in enumerate(pairs)]
+        return (_beside_tensors(given, pairs) if self.host is TORCH else given), impls
 
     def baked(self, leaves: Sequence[Leaf], spec: Spec, impls: tuple[str | None, ...]) -> tuple[Flat, list[Leaf]]:
         """The function of one structure of call with its Python numbers as constants, and the other leaves."""
@@ -399,6 +401,16 @@ def _given(host: Side, leaf: Leaf, kind: Kind, index: int) -> Leaf:
         return _tensor_given(leaf, kind) if host is TORCH else _array_given(leaf, kind)
     except InteropError as error:
         raise error.at(index)  # noqa: B904 - the same error, located
+
+
+def _beside_tensors(given: list[Leaf], pairs: Sequence[tuple[Leaf, Kind]]) -> list[Leaf]:
+    """As in JAX, what was put nowhere goes where the others are."""
+    tensors = [leaf for leaf, kind in pairs if kind is Kind.TENSOR]
+    if not tensors:
+        return given
+    device = device_of(tensors)
+    is_free = [kind is Kind.NUMPY or (kind in (Kind.ARRAY, Kind.KEY) and not leaf.committed) for leaf, kind in pairs]
+    return [t.to(device) if free else t for t, free in zip(given, is_free, strict=True)]
 
 
 def _tensor_given(leaf: Leaf, kind: Kind) -> torch.Tensor:

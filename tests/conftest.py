@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -9,9 +10,12 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from hosts import DEVICE
 from programs import run_program
 
 torch.set_num_threads(1)
+if DEVICE == "cpu" and torch.cuda.is_available():
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # else what the tests make in JAX would be on the GPU
 
 
 @pytest.fixture(autouse=True)

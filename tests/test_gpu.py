@@ -6,6 +6,7 @@ With `INTEROP_DEVICE=cuda` this file and the matrix run there (`make test-gpu`);
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -163,6 +164,18 @@ def test_tensors_on_two_devices_are_refused(other: Callable[[], torch.Tensor]) -
             f(*pair)
 
 
+def test_what_was_put_nowhere_goes_where_the_tensors_are() -> None:
+    """As in JAX: an array of numpy, an array or a key that JAX has put on its default device."""
+    f = into_torch(lambda x, y: x + y)
+    noise = into_torch(lambda x, key: x + jax.random.normal(key, x.shape))
+    for device in ("cpu", "cuda"):
+        x = torch.ones(3, device=device)
+        for other in (np.ones(3, np.float32), jnp.ones(3)):
+            y = f(x, other)
+            assert (y.device.type, y.tolist()) == (device, [2, 2, 2])
+        assert noise(x, jax.random.key(0)).device.type == device
+
+
 def test_bare_conversions_keep_the_device() -> None:
     t, a = torch.arange(3.0, device="cuda"), jnp.arange(3.0)
     assert torch_to_jax(t).devices() == {jax.devices("gpu")[0]}
@@ -209,6 +222,49 @@ def test_the_stream_that_is_current_is_the_one_that_waits() -> None:
         for _ in TRIALS:
             sleep()
             assert equal(f(torch.full((SIZE,), 1.0, device="cuda")), 2)
+
+
+def test_what_a_stream_has_still_to_write_is_seen_by_a_backward() -> None:
+    f = into_torch(lambda x: x * 2)
+    x = tensor(0.0).requires_grad_()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for k in TRIALS:
+            y = f(x)
+            cotangent = torch.zeros_like(y)
+            sleep()
+            cotangent.fill_(k)
+            (grad,) = torch.autograd.grad(y, x, cotangent)
+            assert equal(grad + 0, 2 * k)
+
+
+def test_threads_at_once() -> None:
+    f = into_torch(lambda x: jnp.sin(x) * x)
+
+    def work(i: int) -> list[torch.Tensor]:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            x = torch.full((1 << 16,), float(i), device="cuda", requires_grad=True)
+            y = f(x)
+            y.sum().backward()
+            return [y.detach().cpu(), x.grad.cpu()]
+
+    xs = [torch.full((1 << 16,), float(i)) for i in range(8)]
+    expected = [[torch.sin(x) * x, torch.cos(x) * x + torch.sin(x)] for x in xs]
+    with ThreadPoolExecutor(8) as pool:
+        torch.testing.assert_close(list(pool.map(work, range(8))), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+def test_a_device_that_is_not_the_current_one() -> None:
+    """The values decide, not the state of the thread, which stays."""
+    f = into_torch(lambda x: x * x)
+    x = torch.full((64,), 3.0, device="cuda:1", requires_grad=True)
+    y = f(x)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert {y.device, grad.device} == {torch.device("cuda:1")}
+    assert torch.cuda.current_device() == 0
+    assert (y[0].item(), grad[0].item()) == (9, 6)
+    with pytest.raises(DeviceError, match=r"cuda:[01].*cuda:[01]"):
+        into_torch(lambda x, y: x * y)(x, torch.ones(64, device="cuda:0"))
 
 
 def test_an_argument_may_be_written_to_as_soon_as_the_call_returns() -> None:

@@ -34,6 +34,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 import interop
+from hosts import DEVICE
 from interop import WrappedJaxFunction, WrappedJaxScalarFunction, jax_to_torch
 from tables import rows
 from together import TESTS, each, one_of_two, two_ranks
@@ -2387,14 +2388,14 @@ def test_a_sharded_checkpoint(ranks: list[dict[str, Any]], place: Path) -> None:
 
 # --- GPU --------------------------------------------------------------------------------------------------------------
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="INTEROP_DEVICE is not cuda")
 
 
 @needs_gpu
 def test_a_module_on_the_gpu() -> None:
     """Parameters, state, random numbers and gradients are there, and the training is that of the CPU."""
     for make in (MODULES["function"], MODULES["state"], MODULES["nnx"]):
-        one, other = make(), make().cuda()
+        one, other = make().cpu(), make().cuda()
         x = tensor(x3)
         out, expected = other(x.cuda()), one(x)
         for loss in (out, expected):
