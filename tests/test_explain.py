@@ -687,7 +687,7 @@ def test_what_there_is_on_this_machine() -> None:
     assert torch.__version__.startswith(report["torch"][0])  # some wheels are for a device, and don't say it
     assert report["jax"] == (jax.__version__, "nothing to do: >=0.10.0,<0.11 is supported")
     assert report["interop"] == (interop.__version__, "nothing to do")
-    assert report["fast paths, torch"] == ("10 of 10 active", "nothing to do")
+    assert report["fast paths, torch"] == ("11 of 11 active", "nothing to do")
     assert report["fast paths, jax"] == ("10 of 10 active", "nothing to do")
     assert report["devices, jax"] == ("cpu:0", "nothing to do")
     assert report["x64"][0] == "off"
@@ -695,7 +695,7 @@ def test_what_there_is_on_this_machine() -> None:
 
 def test_settings_are_read() -> None:
     report = _report(INTEROP_PUBLIC_ONLY="1", JAX_ENABLE_X64="1", XLA_PYTHON_CLIENT_PREALLOCATE="false")
-    assert report["fast paths, torch"][0] == "0 of 10 active"
+    assert report["fast paths, torch"][0] == "0 of 11 active"
     assert report["fast paths, jax"][0] == "0 of 10 active"
     assert report["fast paths, jax"][1].startswith("unset INTEROP_PUBLIC_ONLY (without: arrays from capsules, ")
     assert report["x64"] == ("on", "nothing to do")

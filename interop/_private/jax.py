@@ -251,7 +251,7 @@ def silenced(equation: Any) -> Any:
 
 def _silenced_program(program: Any) -> Any:
     """The same of a jaxpr, closed or open."""
-    if hasattr(program, "jaxpr"):
+    if getattr(program, "jaxpr", program) is not program:  # from jax 0.12 on, an open one has itself there
         inner = _silenced_program(program.jaxpr)
         return None if inner is None else program.replace(jaxpr=inner)
     equations: list[Any] = []

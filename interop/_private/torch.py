@@ -46,10 +46,10 @@ class Lent:
         return 1, 0  # a CPU
 
 
+_stream_address: Any = getattr(_C, "_cuda_getCurrentRawStream", None)  # builds for the CPU have none
+
 # The address of the current stream of a GPU, 0 for the default one: 0.2 us, against 12 us of the public way.
-current_stream: Callable[[int], int] = getattr(_C, "_cuda_getCurrentRawStream", None) or (
-    lambda index: torch.cuda.current_stream(index).cuda_stream
-)
+current_stream: Callable[[int], int] = _stream_address or (lambda i: torch.cuda.current_stream(i).cuda_stream)
 
 
 # --- what is going on in this thread ----------------------------------------------------------------------------------
@@ -596,7 +596,7 @@ def fast_paths() -> dict[str, bool]:
     return {
         "capsules of tensors": hasattr(_C, "_to_dlpack"),
         "tensors from capsules": hasattr(_C, "_from_dlpack"),
-        "streams of a GPU": hasattr(_C, "_cuda_getCurrentRawStream") or not torch.cuda.is_available(),
+        "streams of a GPU": bool(_stream_address) or not (PUBLIC_ONLY or torch.cuda.is_available()),
         "which modes are on": _always not in (functorch_active, dispatch_modes, any_autocast, function_modes),
         "what is saved for a backward": bool(_top_hooks and _keep_graph),
         "hooks that are set aside": hasattr(_hooks, "_saved_tensors_hooks_set_tracing"),
