@@ -116,7 +116,7 @@ def describe_all(leaves: Sequence[Any]) -> str:
 
 # --- devices ----------------------------------------------------------------------------------------------------------
 
-DEVICES: dict[torch.device, Any] = {}
+_DEVICES: dict[torch.device, Any] = {}
 
 # The CPU that results are made on, once it is known that JAX computes there unless it is told otherwise: of an array
 # that is there, nothing is to be looked at.
@@ -125,7 +125,7 @@ AT_HOME: set[Any] = set()
 
 def _forget_devices() -> None:
     """JAX's threads do not survive a fork: the child asks for its devices again, and is told."""
-    DEVICES.clear()
+    _DEVICES.clear()
     AT_HOME.clear()
 
 
@@ -134,9 +134,9 @@ os.register_at_fork(after_in_child=_forget_devices)
 
 def jax_device(device: torch.device) -> Any:
     """The JAX device of a torch device; starts the backend on first use."""
-    found = DEVICES.get(device)
+    found = _DEVICES.get(device)
     if found is None:
-        found = DEVICES[device] = _find_jax_device(device)
+        found = _DEVICES[device] = _find_jax_device(device)
         if device.type == "cpu" and jax.default_backend() == "cpu":
             AT_HOME.add(found)
     return found
@@ -151,7 +151,7 @@ def traced_device() -> torch.device:
 
 def computes_on_cpu() -> bool:
     """Whether JAX computes on the CPU what it is not told to compute elsewhere: a numpy array goes there, say."""
-    if _CPU not in DEVICES:
+    if _CPU not in _DEVICES:
         jax_device(_CPU)
     return bool(AT_HOME)
 
@@ -209,7 +209,7 @@ def tensor_to_array(t: torch.Tensor, *, x64: bool = False) -> jax.Array:
 
 def import_tensor(t: torch.Tensor) -> jax.Array:
     """An array over the memory of a tensor that is known to be fit for it."""
-    device = DEVICES.get(t.device) or jax_device(t.device)
+    device = _DEVICES.get(t.device) or jax_device(t.device)
     if _import_capsule is None:
         return _import_by_protocol(t, device)
     if not t.is_cpu:
@@ -281,7 +281,7 @@ def view_of(t: torch.Tensor) -> Any:
 
 def copy_tensor(view: Any) -> jax.Array:
     """The values of a numpy array as an array on the CPU of their own."""
-    device = DEVICES.get(_CPU) or jax_device(_CPU)
+    device = _DEVICES.get(_CPU) or jax_device(_CPU)
     try:
         return _copy_of(view, device)
     except jax.errors.JaxRuntimeError as error:

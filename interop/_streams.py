@@ -66,7 +66,7 @@ def array_over(t: torch.Tensor, device: Any) -> jax.Array:
 
     Torch waits for the results of the call, and so uses the memory again when JAX has read it.
     """
-    ready, index = device.get_stream_for_external_ready_events(), device.local_hardware_id
+    ready, index = jax_private.ready_stream(device), device.local_hardware_id
     _stream(ready, index).wait_stream(_current(index))
     array: jax.Array = jax_private.import_capsule(torch_private.capsule_of(t), device, ready)
     return array

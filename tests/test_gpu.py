@@ -48,9 +48,9 @@ def array(value: float) -> jax.Array:
     return jax.block_until_ready(jnp.full(SIZE, value))
 
 
-def tensor(value: float, **options: Any) -> torch.Tensor:
+def tensor(value: float) -> torch.Tensor:
     """A large one on the GPU, that is there."""
-    found = torch.full((SIZE,), value, device="cuda", **options)
+    found = torch.full((SIZE,), value, device="cuda")
     torch.cuda.synchronize()
     return found
 

@@ -42,6 +42,12 @@ ArrayImpl: Any = getattr(_jax, "ArrayImpl", None)
 import_capsule: Any = getattr(_jax, "dlpack_managed_tensor_to_buffer", None)
 
 
+def ready_stream(device: Any) -> int:
+    """The address of a stream of a GPU by which JAX learns that others have written a value; where capsules come in."""
+    address: int = device.get_stream_for_external_ready_events()
+    return address
+
+
 # The device of an array on one; of any other, and without the private names, it raises `AttributeError`.
 device_of: Callable[[Any], Any] = operator.attrgetter("nowhere" if PUBLIC_ONLY else "_sharding._device")
 
