@@ -42,7 +42,17 @@ from interop._leaf import (
 )
 from interop._located import dump_spec, find, load_spec, locate, look_up
 from interop._log import is_heard, tell
-from interop._marshal import SINGLE_TENSOR, Kind, Marshaller, Spec, Tree, find_closed_over, flatten, is_container
+from interop._marshal import (
+    SINGLE_TENSOR,
+    Kind,
+    Marshaller,
+    Spec,
+    Tree,
+    bounded,
+    find_closed_over,
+    flatten,
+    is_container,
+)
 from interop._module_in_jax import ClosedOver, ModuleFunction
 from interop._notes import annotate
 from interop._private import torch as torch_private
@@ -212,7 +222,7 @@ class Entry:
 
     def flat_of(self, spec: Spec, impls: tuple[str | None, ...]) -> Flat:
         """The function of one structure of call, with dynamic numbers."""
-        found: Flat = _bounded(spec.memo, ("flat", impls), lambda: self.flat(spec, impls=impls))
+        found: Flat = bounded(spec.memo, ("flat", impls), lambda: self.flat(spec, impls=impls))
         return found
 
     def converted(self, leaves: Sequence[Leaf], spec: Spec) -> tuple[Sequence[Leaf], tuple[str | None, ...]]:
@@ -230,7 +240,7 @@ class Entry:
         numbers = tuple(torch_private.concrete(leaf) for leaf, kind in pairs if kind is Kind.NUMBER)
         rest = [leaf for leaf, kind in pairs if kind is not Kind.NUMBER]
         memo = ("baked", tuple((type(n), repr(n)) for n in numbers), impls)
-        return _bounded(spec.memo, memo, lambda: self.flat(spec, numbers, impls)), rest
+        return bounded(spec.memo, memo, lambda: self.flat(spec, numbers, impls)), rest
 
     def _number_too_large(self, leaves: Sequence[Leaf], spec: Any, error: OverflowError) -> OverflowError:
         """JAX's refusal of a Python integer in the words of the library; any other error is the user's."""
@@ -329,16 +339,6 @@ def needs_value(error: Exception) -> bool:
     return isinstance(error, _NEEDS_VALUE) or (
         said and any(word in str(error) for word in ("Tracer", "concrete", "static"))
     )
-
-
-def _bounded(memo: dict[Any, Any], key: Any, make: Callable[[], Any], capacity: int = 64) -> Any:
-    """What was made for this key; the oldest goes when there are too many."""
-    found = memo.get(key)
-    if found is None:
-        if len(memo) > capacity:
-            del memo[next(k for k in memo if isinstance(k, tuple))]
-        found = memo[key] = make()
-    return found
 
 
 def _would_be_lost(x: Any) -> bool:

@@ -14,9 +14,10 @@ import dis
 import enum
 import functools
 import inspect
+import itertools
 import sys
 import types
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -83,6 +84,16 @@ def _kind(x: Any) -> Kind | None:
 # --- structure --------------------------------------------------------------------------------------------------------
 
 
+def bounded(memo: dict[Any, Any], key: Any, make: Callable[[], Any], capacity: int = 64) -> Any:
+    """What was made for this key; the oldest goes when there are too many."""
+    found = memo.get(key)
+    if found is None:
+        if len(memo) > capacity:
+            memo.pop(next(k for k in list(memo) if isinstance(k, tuple)), None)  # another thread may have been here
+        found = memo[key] = make()
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class Container:
     """How one type of container is rebuilt from its children; equal when it would be rebuilt alike."""
@@ -91,6 +102,13 @@ class Container:
     aux: Any
     names: tuple[str, ...]  # of the children, as they read in an argument path
     build: Callable[[list[Any]], Any] = dataclasses.field(compare=False)
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.type, self.aux, self.names))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @property
     def count(self) -> int:
@@ -106,7 +124,7 @@ class StaticLeaf:
     value: Any = dataclasses.field(compare=False)
 
 
-_LEAF = {kind: kind for kind in Kind}
+_ARRAYS = frozenset({Kind.TENSOR, Kind.ARRAY, Kind.NUMPY})
 
 
 class _Flattener:
@@ -121,26 +139,30 @@ class _Flattener:
         t = type(x)
         kind = _KINDS.get(t)
         if kind is None:
-            kind = _kind(x) if t not in _OPENERS else None
-            if kind is None:
-                self.open(x, t)
+            opener = _OPENERS.get(t)
+            if opener is None:
+                kind = _kind(x)
+                opener = _opener_for(x) if kind is None else None
+            if opener is not None:
+                self.open(*opener(x))
                 return
-        if kind is Kind.STATIC or (kind is Kind.NUMBER and self.numbers_static):
+        if kind is None:
+            self.tokens.append(_opaque(x))
+        elif kind is Kind.STATIC or (kind is Kind.NUMBER and self.numbers_static):
             self.tokens.append(static_leaf(x))
         else:
             self.leaves.append(x)
             self.tokens.append(kind)
 
-    def open(self, x: Any, t: type) -> None:
-        opener = _OPENERS.get(t) or _opener_for(x)
-        opened = opener(x) if opener else None
-        if opened is None:
-            self.tokens.append(_opaque(x))
-            return
-        container, children = opened
+    def open(self, container: Container, children: Collection[Any]) -> None:
         self.tokens.append(container)
-        for child in children:
-            self.add(child)
+        kinds = tuple(map(_KINDS.get, map(type, children)))
+        if _ARRAYS.issuperset(kinds):  # what `add` does with each of them
+            self.leaves.extend(children)
+            self.tokens.extend(kinds)
+        else:
+            for child in children:
+                self.add(child)
 
 
 def static_leaf(x: Any) -> StaticLeaf:
@@ -175,13 +197,12 @@ def _blame(x: Any) -> tuple[str, ContainerError] | None:
     """Where in a pytree the object is that can't be flattened, and why; None if there is none."""
     opener = None if type(x) in _KINDS else _OPENERS.get(type(x)) or _opener_for(x)
     try:
-        opened = opener(x) if opener else None
-        if opened is None:
+        if opener is None:
             flatten(x)
             return None
+        container, children = opener(x)
     except ContainerError as error:
         return "", error
-    container, children = opened
     for name, child in zip(container.names, children, strict=True):
         found = _blame(child)
         if found:
@@ -315,53 +336,48 @@ def _attributes(x: Any) -> list[tuple[str, Any]]:
 
 # --- containers -------------------------------------------------------------------------------------------------------
 
-_Opened = tuple[Container, Sequence[Any]] | None
+_Opened = tuple[Container, Collection[Any]]
+
+# What the containers of one shape have in common is made once.
+_once = functools.partial(functools.lru_cache, maxsize=1024)
 
 
-def _keys_of(x: Any) -> tuple[tuple[type, Any], ...]:
-    return tuple([(type(k), k) for k in x])
+def _open_mapping(x: Any) -> _Opened:
+    return _mapping(type(x), *x), x.values()
 
 
-def _open_dict(x: dict[Any, Any]) -> _Opened:
-    keys = tuple(x)
-    names = tuple([f"[{k!r}]" for k in keys])
-    return Container(dict, _keys_of(x), names, lambda c: dict(zip(keys, c, strict=True))), list(x.values())
-
-
-def _open_ordered(x: Any) -> _Opened:
-    keys, names = tuple(x), tuple(f"[{k!r}]" for k in x)
-    build = functools.partial(_zipped, collections.OrderedDict, keys)
-    return Container(collections.OrderedDict, _keys_of(x), names, build), list(x.values())
-
-
-def _zipped(make: Callable[[Any], Any], keys: tuple[Any, ...], children: list[Any]) -> Any:
-    return make(zip(keys, children, strict=True))
+@_once(typed=True)  # 1 is not True
+def _mapping(t: Any, *keys: Any) -> Container:
+    build = lambda children: t(zip(keys, children, strict=True))  # noqa: E731
+    return Container(t, _typed(keys), _names_of(keys), build)
 
 
 def _open_defaultdict(x: Any) -> _Opened:
-    keys, names, factory = tuple(x), tuple(f"[{k!r}]" for k in x), x.default_factory
-    build = functools.partial(_zipped, functools.partial(collections.defaultdict, factory), keys)
-    return Container(collections.defaultdict, (factory, _keys_of(x)), names, build), list(x.values())
+    keys, factory = tuple(x), x.default_factory
+    build = lambda children: collections.defaultdict(factory, zip(keys, children, strict=True))  # noqa: E731
+    return Container(collections.defaultdict, (factory, _typed(keys)), _names_of(keys), build), x.values()
 
 
-_INDEX_NAMES = [tuple(f"[{i}]" for i in range(n)) for n in range(64)]
+def _typed(keys: tuple[Any, ...]) -> tuple[tuple[type, Any], ...]:
+    return tuple([(type(k), k) for k in keys])
 
 
-def _indices(n: int) -> tuple[str, ...]:
-    return _INDEX_NAMES[n] if n < 64 else tuple(f"[{i}]" for i in range(n))
+def _names_of(keys: Iterable[Any]) -> tuple[str, ...]:
+    return tuple([f"[{k!r}]" for k in keys])
 
 
-def _open_tuple(x: tuple[Any, ...]) -> _Opened:
-    return Container(tuple, None, _indices(len(x)), tuple), x
+def _open_sequence(x: Any) -> _Opened:
+    return _sequence(type(x), len(x)), x
 
 
-def _open_list(x: list[Any]) -> _Opened:
-    return Container(list, None, _indices(len(x)), list), x
+@_once()
+def _sequence(t: Any, count: int) -> Container:
+    return Container(t, None, _names_of(range(count)), t)
 
 
 def _open_deque(x: Any) -> _Opened:
     maxlen = x.maxlen
-    return Container(collections.deque, maxlen, _indices(len(x)), lambda c: collections.deque(c, maxlen)), list(x)
+    return Container(collections.deque, maxlen, _names_of(range(len(x))), lambda c: collections.deque(c, maxlen)), x
 
 
 def _open_slice(x: slice) -> _Opened:
@@ -372,23 +388,34 @@ def _open_slice(x: slice) -> _Opened:
 
 
 def _open_named(x: Any) -> _Opened:
-    t = type(x)
-    return Container(t, None, tuple(f".{n}" for n in t._fields), lambda c: t(*c)), tuple(x)
+    return _named(type(x)), tuple(x)
+
+
+@_once()
+def _named(t: Any) -> Container:
+    return Container(t, None, tuple(f".{n}" for n in t._fields), lambda c: t(*c))
 
 
 def _open_struct(x: Any) -> _Opened:
     """A result of torch with named fields (`torch.return_types`)."""
     t = type(x)
-    return Container(t, None, _indices(len(x)), t), tuple(x)
+    return Container(t, None, _names_of(range(len(x))), t), tuple(x)
 
 
 def _open_registered(x: Any) -> _Opened:
     """One level of a pytree that JAX knows."""
     is_child: Callable[[Any], bool] = lambda y: y is not x  # noqa: E731
-    treedef: Any
-    paths, treedef = jax.tree_util.tree_flatten_with_path(x, is_leaf=is_child)
-    names = tuple(jax.tree_util.keystr(path) for path, _ in paths)
-    return Container(type(x), treedef, names, treedef.unflatten), [child for _, child in paths]
+    children, treedef = jax.tree.flatten(x, is_leaf=is_child)
+
+    def container() -> Container:
+        paths, _ = jax.tree_util.tree_flatten_with_path(x, is_leaf=is_child)
+        names = tuple(jax.tree_util.keystr(path) for path, _ in paths)
+        return Container(type(x), treedef, names, treedef.unflatten)
+
+    return bounded(_REGISTERED, (type(x), treedef), container, 1024), children
+
+
+_REGISTERED: dict[Any, Container] = {}
 
 
 def _open_dataclass(x: Any) -> _Opened:
@@ -408,14 +435,13 @@ def _open_dataclass(x: Any) -> _Opened:
 def _open_torch_registered(take_apart: Callable[..., Any], put_together: Callable[..., Any], x: Any) -> _Opened:
     """One level of a pytree that torch knows (ModelOutput, TensorDict, a user's own)."""
     children, context = take_apart(x)
-    names = tuple(f"[{k!r}]" for k in x.keys()) if isinstance(x, dict) else _indices(len(children))  # noqa: SIM118
+    names = _names_of(x.keys() if isinstance(x, dict) else range(len(children)))
     return Container(type(x), _hashable(context), names, lambda c: put_together(c, context)), children
 
 
 def _open_batch_encoding(x: Any) -> _Opened:
     t, keys = type(x), tuple(x.data)
-    names = tuple(f"[{k!r}]" for k in keys)
-    return Container(t, keys, names, lambda c: t(dict(zip(keys, c, strict=True)))), list(x.data.values())
+    return Container(t, keys, _names_of(keys), lambda c: t(dict(zip(keys, c, strict=True)))), list(x.data.values())
 
 
 def _hashable(context: Any) -> Any:
@@ -427,10 +453,10 @@ def _hashable(context: Any) -> Any:
 
 
 _OPENERS: dict[type, Callable[[Any], _Opened]] = {
-    dict: _open_dict,
-    tuple: _open_tuple,
-    list: _open_list,
-    collections.OrderedDict: _open_ordered,
+    dict: _open_mapping,
+    tuple: _open_sequence,
+    list: _open_sequence,
+    collections.OrderedDict: _open_mapping,
     collections.defaultdict: _open_defaultdict,
     collections.deque: _open_deque,
     slice: _open_slice,
@@ -479,9 +505,8 @@ _LIBRARIES = ("transformers", "tensordict")
 
 def _register(t: type, opener: Callable[[Any], _Opened]) -> None:
     def flatten_with_keys(x: Any) -> Any:
-        container, children = opener(x) or (None, ())
-        names = container.names if container else ()
-        return [(_Key(name), child) for name, child in zip(names, children, strict=True)], container
+        container, children = opener(x)
+        return [(_Key(name), child) for name, child in zip(container.names, children, strict=True)], container
 
     jax.tree_util.register_pytree_with_keys(t, flatten_with_keys, lambda container, new: container.build(list(new)))
 
@@ -636,8 +661,6 @@ class Tree:
         single: whether the tree is one dynamic leaf and nothing else.
     """
 
-    __slots__ = ("_hash", "kinds", "single", "tokens")
-
     def __init__(self, tokens: tuple[Any, ...]) -> None:
         self.tokens = tokens
         self.kinds = tuple(token for token in tokens if type(token) is Kind)
@@ -664,7 +687,12 @@ class Tree:
 
     def unflatten(self, leaves: Sequence[Any]) -> Any:
         """The pytree with these dynamic leaves."""
-        return leaves[0] if self.single else _build(iter(self.tokens), iter(leaves))
+        return self.take(iter(leaves))
+
+    @functools.cached_property
+    def take(self) -> Callable[[Iterator[Any]], Any]:
+        """The function that makes the pytree of the next leaves of an iterator."""
+        return _taker(iter(self.tokens))
 
     def path(self, index: int) -> str:
         """Where a dynamic leaf is: `['w'][0]`, `.field`."""
@@ -685,13 +713,18 @@ class Tree:
         return found
 
 
-def _build(tokens: Iterator[Any], leaves: Iterator[Any]) -> Any:
+def _taker(tokens: Iterator[Any]) -> Callable[[Iterator[Any]], Any]:
     token = next(tokens)
     if type(token) is Kind:
-        return next(leaves)
+        return next
     if type(token) is StaticLeaf:
-        return token.value
-    return token.build([_build(tokens, leaves) for _ in token.names])
+        value = token.value
+        return lambda _: value
+    build, children = token.build, [_taker(tokens) for _ in token.names]
+    if all(child is next for child in children):
+        count = len(children)
+        return lambda leaves: build(list(itertools.islice(leaves, count)))
+    return lambda leaves: build([child(leaves) for child in children])
 
 
 def _walk_places(tokens: Iterator[Any], route: tuple[str, ...], found: list[Any]) -> None:
@@ -767,7 +800,7 @@ class Spec:
         if self.plain:
             return tuple(leaves), {}
         rest = iter(leaves)
-        values = [tree.unflatten([next(rest) for _ in tree.kinds]) for tree in self.trees]
+        values = [tree.take(rest) for tree in self.trees]
         keywords = dict(zip(self.names[self.positional :], values[self.positional :], strict=True))
         return tuple(values[: self.positional]), keywords
 
