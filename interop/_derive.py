@@ -31,7 +31,7 @@ class Static:
     value: Any = None
 
 
-jax.tree_util.register_pytree_node(Static, lambda s: ((), s.value), lambda value, _: Static(value))
+jax.tree_util.register_pytree_node(Static, lambda s: ((), s), lambda s, _: s)
 
 NOTHING = Static()
 

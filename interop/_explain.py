@@ -366,7 +366,7 @@ class _InTorch(_Host):
         if outputs.effects:
             report.gradient = "of the function without its effects, which are run first"
             return None, gradients
-        forward = _in_torch.with_residuals(flat, active)
+        forward = _in_torch.with_residuals(flat, active, watched=True)
         full = self._outputs(lambda: forward.outputs(_in_torch.avals_of(flat, tensors)))
         if full is None:
             return None, gradients

@@ -339,7 +339,7 @@ def _attributes(x: Any) -> list[tuple[str, Any]]:
 _Opened = tuple[Container, Collection[Any]]
 
 # What the containers of one shape have in common is made once.
-_once = functools.partial(functools.lru_cache, maxsize=1024)
+_once: Any = functools.partial(functools.lru_cache, maxsize=1024)
 
 
 def _open_mapping(x: Any) -> _Opened:
@@ -405,6 +405,7 @@ def _open_struct(x: Any) -> _Opened:
 def _open_registered(x: Any) -> _Opened:
     """One level of a pytree that JAX knows."""
     is_child: Callable[[Any], bool] = lambda y: y is not x  # noqa: E731
+    treedef: Any
     children, treedef = jax.tree.flatten(x, is_leaf=is_child)
 
     def container() -> Container:

@@ -476,6 +476,30 @@ def test_a_loss_has_its_gradient_at_once() -> None:
     assert explain(module, in_torch).gradient.startswith("computed with the value, kept for the backward: f32[3,2]")
 
 
+def test_a_loss_that_nobody_differentiates_has_its_gradient_no_longer_at_once() -> None:
+    waves = levels(as_torch(lambda x: jnp.tanh(jnp.tanh(x)).sum()))
+    x = torch.linspace(-1, 1, 2**20, requires_grad=True)
+
+    def gradient() -> str:
+        return explain(waves, x).gradient.partition(",")[0]
+
+    for _ in range(20):
+        (at_once,) = torch.autograd.grad(waves(x), x)
+    assert gradient() == "computed with the value"
+    for _ in range(20):
+        waves(x)
+    assert gradient() == "captured"
+    (captured,) = torch.autograd.grad(waves(x), x)
+    (expected,) = torch.autograd.grad(torch.tanh(torch.tanh(x)).sum(), x)
+    torch.testing.assert_close([at_once, captured], [expected, expected])
+
+
+def test_gradients_larger_than_the_residuals_are_not_kept() -> None:
+    report = explain(levels(as_torch(lambda w, x: jnp.tanh(x @ w).sum())), torch.ones(512, 1024, requires_grad=True),
+                     torch.ones(512))  # fmt: skip
+    assert report.gradient.startswith("captured, kept for the backward: f32[1024], x")
+
+
 def test_a_key_is_a_leaf() -> None:
     report = explain(as_jax(torch.nn.functional.dropout, rng="key"), in_jax, key=jax.random.key(0))
     assert report.leaves[1][:4] == ("key", "u32[2]", "copied", "it seeds torch")

@@ -256,8 +256,9 @@ class _Eager(torch.autograd.Function):
     def forward(ctx: Any, running: list[Any], *xs: Leaf) -> tuple[torch.Tensor, ...]:
         """What goes in beside the leaves is `[flat, arrays]`; the structure of the outputs comes out there."""
         flat, arrays = running
-        full, static = evaluate(with_residuals(flat, ctx.needs_input_grad[1:]), arrays)
+        full, static = evaluate(with_residuals(flat, ctx.needs_input_grad[1:], watched=True), arrays)
         plan: Plan = static.value
+        flat.unasked += plan.unasked
         running.append(plan.structure.value)
         outs = tuple([export(out) for out in full[: plan.count]])
         if plan.count != 1:
@@ -279,6 +280,7 @@ class _Eager(torch.autograd.Function):
             raise _freed()
         flat, plan, xs, versions, residuals = ctx.kept
         if plan.scaled and not _is_grad_enabled() and plan.serves(cotangents):
+            flat.unasked = max(0.0, flat.unasked - plan.unasked)
             if not _keeps_graph():
                 ctx.kept = None
             return _scaled(flat, plan, residuals, cotangents)

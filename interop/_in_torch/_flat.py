@@ -106,6 +106,7 @@ class JaxFlat(Flat):
             forward and backward, which belongs to one trace.
         records: whether it is there for its effects.
         effectful: whether it is known to have effects; found out when it is first traced for a derivative.
+        unasked: nanoseconds, by estimate, of gradients that came with a value and were not asked for.
         name_of_op: the name that the op calls it by in this process.
         since: when the trace began that is being compiled; None but in a call that traces.
         jitted: the compiled function; `jax.jit` keeps one program per shapes and dtypes. For `as_torch(jit=False)`, the
@@ -118,6 +119,7 @@ class JaxFlat(Flat):
     derived_by: tuple[tuple[Any, ...], ...] | None = ()
     records: bool = False
     effectful: bool = field(default=False, init=False)
+    unasked: float = field(default=0.0, init=False)
     name_of_op: str = field(init=False)
     since: float | None = field(default=None, init=False)
     jitted: Callable[..., tuple[Leaves, Static]] = field(init=False, repr=False)

@@ -40,6 +40,7 @@ class Plan:
         reached: for each output that is inexact, the active inputs that its cotangent reaches.
         scaled: whether what is saved are the gradients themselves, those of the first number of the outputs, to be
             multiplied by its cotangent; for each input then, which of them is its own.
+        unasked: nanoseconds that those gradients take which nobody may ask for, by estimate.
         pull: `(saved, cotangents)` to the cotangents of the active primals, under a trace.
     """
 
@@ -49,9 +50,10 @@ class Plan:
     inexact: Mask
     reached: tuple[Mask, ...]
     pull: Callable[[Leaves, Leaves], Leaves]
-    forward: JaxFlat
+    flat: JaxFlat
     active: Mask
     scaled: bool = False
+    unasked: float = 0.0
     backwards: dict[tuple[Mask, Mask], tuple[Mask, JaxFlat]] = field(
         default_factory=dict[tuple[Mask, Mask], "tuple[Mask, JaxFlat]"], repr=False
     )
@@ -90,21 +92,26 @@ class Plan:
             cotangents = tuple(next(given) if p else None for p in pick(present, self.inexact))
             return pick(self.pull(leaves[: len(self.saved)], cotangents), pick(wanted, self.active)), NOTHING
 
-        backward = self.forward.variant(fn, x64=self.forward.x64)
-        backward.name = f"{self.forward.name}.backward"
+        backward = self.flat.variant(fn, x64=self.flat.x64)
+        backward.name = f"{self.flat.name}.backward"
         backward.path = None  # its leaves are no arguments
         return wanted, backward
 
 
-def with_residuals(flat: JaxFlat, active: Mask) -> JaxFlat:
-    """The forward that returns its residuals behind its outputs, and as structure the `Plan` of the backward."""
-    found = flat.memos.get(active)
+def with_residuals(flat: JaxFlat, active: Mask, *, watched: bool = False) -> JaxFlat:
+    """The forward that returns its residuals behind its outputs, and as structure the `Plan` of the backward.
+
+    Of a call that is `watched`, `flat.unasked` counts the gradients that were not asked for.
+    """
+    limit = _WATCHED if watched and flat.unasked < _WATCHED else _AT_ONCE
+    found = flat.memos.get((active, limit))
     if found is None:  # `memo` itself would make a closure for each call
-        found = flat.memo(active, lambda: flat.variant(_residual_forward(flat, active), x64=flat.x64))
+        make = lambda: flat.variant(_residual_forward(flat, active, limit), x64=flat.x64)  # noqa: E731
+        found = flat.memo((active, limit), make)
     return found
 
 
-def _residual_forward(flat: JaxFlat, active: Mask) -> FlatFn:
+def _residual_forward(flat: JaxFlat, active: Mask, limit: float) -> FlatFn:
     """The function that returns its new residuals behind its outputs, and as structure the `Plan` of the backward.
 
     Its trace raises `Effectful` for a function with effects: `_effects` makes a pure one of it.
@@ -125,7 +132,7 @@ def _residual_forward(flat: JaxFlat, active: Mask) -> FlatFn:
         some, pull, others = _pulled_back(inexact_part, cost, pick(leaves, active))
         outs = join(inexact, some, others)
         residuals, saved, pulled, reached = _described(pull, leaves, outs, some, sum(active))
-        alone = len(some) == 1 and cost <= _AT_ONCE
+        alone = len(some) == 1 and cost <= limit and _bytes(pick(leaves, active)) <= max(_bytes(residuals), _FEW_BYTES)
         scaled = (alone or flat.levels.at_once) and _is_pulled_at_once(program, some, pick(leaves, active))
         if scaled:
             of = {"input": leaves, "output": outs, "residual": residuals}
@@ -141,7 +148,8 @@ def _residual_forward(flat: JaxFlat, active: Mask) -> FlatFn:
             return kept_words(saved, residuals, flat.path, structure)
 
         tell(flat.name, "gradient captured (kept for it: %s)", kept)
-        plan = Plan(len(outs), structure, saved, inexact, reached, pulled, with_residuals(flat, active), active, scaled)
+        unasked = 0.0 if flat.levels.at_once or not scaled else cost
+        plan = Plan(len(outs), structure, saved, inexact, reached, pulled, flat, active, scaled, unasked)
         return (*outs, *residuals), Static(plan)
 
     return forward
@@ -225,12 +233,19 @@ def _cost_of(equation: Any) -> float:
     return _UNKNOWN
 
 
+def _bytes(values: Leaves) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in map(jax.typeof, values))
+
+
 def _size(variable: Any) -> float:
     return math.prod(getattr(variable.aval, "shape", ()))
 
 
-# Nanoseconds that a gradient may take which nobody may ask for.
-_AT_ONCE = 3e3
+# Nanoseconds that gradients may take which come with the value, before anybody asks for them: one program takes a sixth
+# to a third less than two. Where calls and backwards are counted, those in vain may add up to the second number, about
+# what it takes to compile the two.
+_AT_ONCE, _WATCHED = 3e3, 1e8
+_FEW_BYTES = 2**20  # gradients may be kept, as long as they are few, or fewer than the residuals
 
 
 def _is_pulled_at_once(program: Any, some: Leaves, primals: Leaves) -> bool:
