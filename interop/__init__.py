@@ -28,8 +28,8 @@ from interop._errors import (
     UnsupportedError,
 )
 from interop._explain import explain
-from interop._marshal import register_leaf
 from interop._module_in_torch import WrappedJaxFunction, WrappedJaxScalarFunction
+from interop._registered import register_leaf
 from interop._types import Crossed, SupportsJax, SupportsTorch
 
 __version__ = "0.1.0"

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from interop._errors import ContainerError, UnsupportedError
-from interop._marshal import LEAVES, Kind, Unwrapped, flatten, unwrapped
+from interop._marshal import Kind, flatten
 from interop._private import jax as jax_private
 from interop._private import torch as torch_private
+from interop._registered import LEAVES, Unwrapped, unwrapped
 
 _ENTRIES: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 _tokens = itertools.count()

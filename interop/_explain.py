@@ -13,8 +13,9 @@ import torch
 
 from interop import _in_jax, _in_torch
 from interop._abstract import Aval, Outputs, aval_of, kept_words
+from interop._call import Entry, crosses, in_64_bits, located, needs_value
 from interop._convert import by_name, by_position
-from interop._crossing import Entry, crosses, entry_of, in_64_bits, located, needs_value
+from interop._crossing import entry_of
 from interop._derive import NOTHING, Mask
 from interop._errors import AbstractEvalError, InteropError, NotDifferentiableError, OptionError, named
 from interop._leaf import argument_of, describe, refuse_two_devices

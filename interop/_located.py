@@ -14,8 +14,9 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+from interop._containers import Container, open_container
 from interop._errors import UnsupportedError
-from interop._marshal import Container, Kind, Spec, StaticLeaf, Tree, open_container, static_leaf
+from interop._marshal import Kind, Spec, StaticLeaf, Tree, static_leaf
 
 _CONSTANTS = (type(None), bool, int, float, str)
 

@@ -1,34 +1,32 @@
 """The plan of a call: `(leaves, Spec)` and back.
 
 One pass over the arguments appends leaves to one list and tokens to another. The tokens, as a tuple, are the structure:
-hashable, with the order of dicts and the types of statics in it. A structure is understood once (`_Node`s that rebuild
-it) and kept in a bounded cache.
+hashable, with the order of dicts and the types of statics in it. A structure is understood once, and
+kept in a bounded cache.
 """
 
 from __future__ import annotations
 
-import collections
 import collections.abc
 import dataclasses
-import dis
 import enum
 import functools
 import inspect
 import itertools
-import sys
 import types
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.core
 import numpy as np
 import torch
 
-from interop._errors import ContainerError, OptionError
+from interop._closed_over import first, slots_of
+from interop._containers import OPENERS, Container, opener_for
+from interop._errors import ContainerError
 from interop._leaf import describe
 from interop._private import jax as jax_private
-from interop._private import torch as torch_private
 from interop._signature import compile_binder, signature_of
 
 
@@ -44,7 +42,7 @@ class Kind(enum.IntEnum):
 
 
 _STATIC = Kind.STATIC
-_KINDS: dict[type, Kind | None] = {  # None: a container, or not met yet
+KINDS: dict[type, Kind | None] = {  # None: a container, or not met yet
     torch.Tensor: Kind.TENSOR,
     torch.nn.Parameter: Kind.TENSOR,
     np.ndarray: Kind.NUMPY,
@@ -77,42 +75,11 @@ def _kind(x: Any) -> Kind | None:
         kind = Kind.STATIC
     else:
         return None
-    _KINDS[t] = kind
+    KINDS[t] = kind
     return kind
 
 
 # --- structure --------------------------------------------------------------------------------------------------------
-
-
-def bounded(memo: dict[Any, Any], key: Any, make: Callable[[], Any], capacity: int = 64) -> Any:
-    """What was made for this key; the oldest goes when there are too many."""
-    found = memo.get(key)
-    if found is None:
-        if len(memo) > capacity:
-            memo.pop(next(k for k in list(memo) if isinstance(k, tuple)), None)  # another thread may have been here
-        found = memo[key] = make()
-    return found
-
-
-@dataclasses.dataclass(frozen=True)
-class Container:
-    """How one type of container is rebuilt from its children; equal when it would be rebuilt alike."""
-
-    type: type
-    aux: Any
-    names: tuple[str, ...]  # of the children, as they read in an argument path
-    build: Callable[[list[Any]], Any] = dataclasses.field(compare=False)
-
-    @functools.cached_property
-    def _hash(self) -> int:
-        return hash((self.type, self.aux, self.names))
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    @property
-    def count(self) -> int:
-        return len(self.names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,12 +104,12 @@ class _Flattener:
 
     def add(self, x: Any) -> None:
         t = type(x)
-        kind = _KINDS.get(t)
+        kind = KINDS.get(t)
         if kind is None:
-            opener = _OPENERS.get(t)
+            opener = OPENERS.get(t)
             if opener is None:
                 kind = _kind(x)
-                opener = _opener_for(x) if kind is None else None
+                opener = opener_for(x) if kind is None else None
             if opener is not None:
                 self.open(*opener(x))
                 return
@@ -156,7 +123,7 @@ class _Flattener:
 
     def open(self, container: Container, children: Collection[Any]) -> None:
         self.tokens.append(container)
-        kinds = tuple(map(_KINDS.get, map(type, children)))
+        kinds = tuple(map(KINDS.get, map(type, children)))
         if _ARRAYS.issuperset(kinds):  # what `add` does with each of them
             self.leaves.extend(children)
             self.tokens.extend(kinds)
@@ -195,7 +162,7 @@ def _opaque(x: Any) -> StaticLeaf:
 
 def _blame(x: Any) -> tuple[str, ContainerError] | None:
     """Where in a pytree the object is that can't be flattened, and why; None if there is none."""
-    opener = None if type(x) in _KINDS else _OPENERS.get(type(x)) or _opener_for(x)
+    opener = None if type(x) in KINDS else OPENERS.get(type(x)) or opener_for(x)
     try:
         if opener is None:
             flatten(x)
@@ -241,414 +208,6 @@ def _is_cache(x: Any) -> bool:
 
 def _is_value(x: Any) -> bool:
     return isinstance(x, torch.Tensor | jax.Array | np.ndarray)
-
-
-@functools.lru_cache(maxsize=1024)
-def slots_of(t: Any) -> list[str]:
-    """The names of the attributes that objects of a type keep outside `__dict__`."""
-    slots = [(base, getattr(base, "__slots__", ())) for base in t.__mro__]
-    names = [(base, n) for base, ns in slots for n in ((ns,) if isinstance(ns, str) else ns)]
-    private = lambda n: n.startswith("__") and not n.endswith("__")  # noqa: E731 - Python puts the class before it
-    return [f"_{b.__name__.lstrip('_')}{n}" if private(n) else n for b, n in names if private(n) or n[:2] != "__"]
-
-
-def first(x: Any, wanted: Callable[[Any], bool], depth: int = 0) -> tuple[str, Any] | None:
-    """The first value in a container that is wanted, and where it is."""
-    if wanted(x):
-        return "", x
-    if depth < _DEPTH and isinstance(x, dict | list | tuple | set | frozenset | collections.deque):
-        for key, item in x.items() if isinstance(x, dict) else enumerate(x):
-            found = first(item, wanted, depth + 1)
-            if found:
-                return f"[{key!r}]{found[0]}", found[1]
-    return None
-
-
-_DEPTH = 8  # deeper is the user's
-
-
-def find_closed_over(
-    fn: Any, wanted: Callable[[Any], bool], given: Collection[str] = (), *, follow: bool = False
-) -> str | None:
-    """The name of a value that a function reads and is not given: of its closure, globals, defaults, its `self`.
-
-    Also of functions that it reads, if these are to be followed: not into libraries.
-    """
-    return _closed_over(fn, wanted, given, set() if follow else None)
-
-
-def _closed_over(
-    fn: Any, wanted: Callable[[Any], bool], given: Collection[str], followed: set[int] | None
-) -> str | None:
-    while isinstance(fn, functools.partial):
-        found = first([*fn.args, {k: v for k, v in fn.keywords.items() if k not in given}], wanted)
-        if found:
-            return f"argument{found[0]} of the partial"
-        fn = fn.func
-    if hasattr(fn, "find_held"):  # a module, which knows what is its own
-        return fn.find_held(wanted)
-    owner = getattr(fn, "__self__", None) if isinstance(fn, types.MethodType) else fn
-    for name, value in _attributes(owner):
-        found = first(value, wanted)
-        if found:
-            return f"self.{name}{found[0]}"
-    fn = getattr(fn, "__func__", fn)
-    if not isinstance(fn, types.FunctionType):
-        return None
-    cells = zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)
-    read = {name: cell.cell_contents for name, cell in cells if cell != types.CellType()}
-    read |= {name: fn.__globals__[name] for name in _globals_of(fn.__code__) if name in fn.__globals__}
-    positional = fn.__code__.co_varnames[: fn.__code__.co_argcount]
-    defaults = dict(zip(reversed(positional), reversed(fn.__defaults__ or ()), strict=False))
-    defaults |= fn.__kwdefaults__ or {}
-    read |= {name: value for name, value in defaults.items() if name not in given}
-    for name, value in read.items():
-        found = first(value, wanted)
-        if found:
-            return f"{name}{found[0]}"
-        if followed is not None and isinstance(value, types.FunctionType) and id(value) not in followed:
-            followed.add(id(value))
-            inner = None if _is_of_library(value) else _closed_over(value, wanted, (), followed)
-            if inner:
-                return f"{inner} of {name}"
-    return None
-
-
-def _is_of_library(fn: types.FunctionType) -> bool:
-    return (fn.__module__ or "").partition(".")[0] in _KNOWN
-
-
-_KNOWN = sys.stdlib_module_names | {"flax", "interop", "jax", "numpy", "torch", "torchvision", "transformers"}
-
-
-@functools.lru_cache(maxsize=1024)
-def _globals_of(code: types.CodeType) -> tuple[str, ...]:
-    return tuple({i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"})
-
-
-def _attributes(x: Any) -> list[tuple[str, Any]]:
-    """The attributes of a plain object; the parameters of a module are constants of the function."""
-    if x is None or isinstance(x, torch.nn.Module | type | types.FunctionType):
-        return []
-    kind: Any = type(x)
-    return [*getattr(x, "__dict__", {}).items(), *((n, getattr(x, n, None)) for n in slots_of(kind))]
-
-
-# --- containers -------------------------------------------------------------------------------------------------------
-
-_Opened = tuple[Container, Collection[Any]]
-
-# What the containers of one shape have in common is made once.
-_once: Any = functools.partial(functools.lru_cache, maxsize=1024)
-
-
-def _open_mapping(x: Any) -> _Opened:
-    return _mapping(type(x), *x), x.values()
-
-
-@_once(typed=True)  # 1 is not True
-def _mapping(t: Any, *keys: Any) -> Container:
-    build = lambda children: t(zip(keys, children, strict=True))  # noqa: E731
-    return Container(t, _typed(keys), _names_of(keys), build)
-
-
-def _open_defaultdict(x: Any) -> _Opened:
-    keys, factory = tuple(x), x.default_factory
-    build = lambda children: collections.defaultdict(factory, zip(keys, children, strict=True))  # noqa: E731
-    return Container(collections.defaultdict, (factory, _typed(keys)), _names_of(keys), build), x.values()
-
-
-def _typed(keys: tuple[Any, ...]) -> tuple[tuple[type, Any], ...]:
-    return tuple([(type(k), k) for k in keys])
-
-
-def _names_of(keys: Iterable[Any]) -> tuple[str, ...]:
-    return tuple([f"[{k!r}]" for k in keys])
-
-
-def _open_sequence(x: Any) -> _Opened:
-    return _sequence(type(x), len(x)), x
-
-
-@_once()
-def _sequence(t: Any, count: int) -> Container:
-    return Container(t, None, _names_of(range(count)), t)
-
-
-def _open_deque(x: Any) -> _Opened:
-    maxlen = x.maxlen
-    return Container(collections.deque, maxlen, _names_of(range(len(x))), lambda c: collections.deque(c, maxlen)), x
-
-
-def _open_slice(x: slice) -> _Opened:
-    parts = (x.start, x.stop, x.step)
-    if all(p is None or isinstance(p, int) for p in parts):
-        return Container(slice, parts, (), lambda _: slice(*parts)), ()
-    return Container(slice, None, (".start", ".stop", ".step"), lambda c: slice(*c)), parts
-
-
-def _open_named(x: Any) -> _Opened:
-    return _named(type(x)), tuple(x)
-
-
-@_once()
-def _named(t: Any) -> Container:
-    return Container(t, None, tuple(f".{n}" for n in t._fields), lambda c: t(*c))
-
-
-def _open_struct(x: Any) -> _Opened:
-    """A result of torch with named fields (`torch.return_types`)."""
-    t = type(x)
-    return Container(t, None, _names_of(range(len(x))), t), tuple(x)
-
-
-def _open_registered(x: Any) -> _Opened:
-    """One level of a pytree that JAX knows."""
-    is_child: Callable[[Any], bool] = lambda y: y is not x  # noqa: E731
-    treedef: Any
-    children, treedef = jax.tree.flatten(x, is_leaf=is_child)
-
-    def container() -> Container:
-        paths, _ = jax.tree_util.tree_flatten_with_path(x, is_leaf=is_child)
-        names = tuple(jax.tree_util.keystr(path) for path, _ in paths)
-        return Container(type(x), treedef, names, treedef.unflatten)
-
-    return bounded(_REGISTERED, (type(x), treedef), container, 1024), children
-
-
-_REGISTERED: dict[Any, Container] = {}
-
-
-def _open_dataclass(x: Any) -> _Opened:
-    """A dataclass that is not registered, by its fields; its `__init__` may be its own, so that is not called."""
-    t: Any = type(x)
-    fields = tuple(f.name for f in dataclasses.fields(x) if hasattr(x, f.name))
-
-    def build(children: list[Any]) -> Any:
-        new = t.__new__(t)
-        for name, child in zip(fields, children, strict=True):
-            object.__setattr__(new, name, child)
-        return new
-
-    return Container(t, None, tuple(f".{n}" for n in fields), build), [getattr(x, n) for n in fields]
-
-
-def _open_torch_registered(take_apart: Callable[..., Any], put_together: Callable[..., Any], x: Any) -> _Opened:
-    """One level of a pytree that torch knows (ModelOutput, TensorDict, a user's own)."""
-    children, context = take_apart(x)
-    names = _names_of(x.keys() if isinstance(x, dict) else range(len(children)))
-    return Container(type(x), _hashable(context), names, lambda c: put_together(c, context)), children
-
-
-def _open_batch_encoding(x: Any) -> _Opened:
-    t, keys = type(x), tuple(x.data)
-    return Container(t, keys, _names_of(keys), lambda c: t(dict(zip(keys, c, strict=True)))), list(x.data.values())
-
-
-def _hashable(context: Any) -> Any:
-    try:
-        hash(context)
-    except TypeError:
-        return repr(context)
-    return context
-
-
-_OPENERS: dict[type, Callable[[Any], _Opened]] = {
-    dict: _open_mapping,
-    tuple: _open_sequence,
-    list: _open_sequence,
-    collections.OrderedDict: _open_mapping,
-    collections.defaultdict: _open_defaultdict,
-    collections.deque: _open_deque,
-    slice: _open_slice,
-}
-
-
-def is_container(x: Any) -> bool:
-    """Whether it is a container of JAX, or registered here."""
-    return type(x) in _OPENERS or jax.tree_util.all_leaves([x]) is False
-
-
-def open_container(x: Any) -> Any:
-    """How this container is rebuilt from its children."""
-    opener: Any = _OPENERS.get(type(x)) or _opener_for(x)
-    return opener(x)[0]
-
-
-def _opener_for(x: Any) -> Callable[[Any], _Opened] | None:
-    """How to open a container of a type not in the table.
-
-    JAX's registry comes before dataclasses: an equinox module is one, with an `__init__` of its own.
-    """
-    t = type(x)
-    if isinstance(x, tuple) and hasattr(t, "_fields"):
-        return _open_named
-    if isinstance(x, tuple) and hasattr(t, "n_sequence_fields"):
-        return _open_struct
-    if jax.tree_util.all_leaves([x]) is False:
-        return _open_registered
-    transformers = sys.modules.get("transformers")
-    is_encoding = transformers is not None and isinstance(x, transformers.BatchEncoding)
-    functions = torch_private.pytree_functions(t)
-    if functions or is_encoding:
-        of_torch = functools.partial(_open_torch_registered, *(functions or ()))
-        opener = _open_batch_encoding if is_encoding else of_torch
-        if t.__module__.partition(".")[0] in _LIBRARIES:
-            _register(t, opener)
-            return _open_registered
-        return opener
-    return _open_dataclass if dataclasses.is_dataclass(x) else None
-
-
-# What they made to be containers JAX learns of when it is first met, so that it can leave a `jax.jit`.
-_LIBRARIES = ("transformers", "tensordict")
-
-
-def _register(t: type, opener: Callable[[Any], _Opened]) -> None:
-    def flatten_with_keys(x: Any) -> Any:
-        container, children = opener(x)
-        return [(_Key(name), child) for name, child in zip(container.names, children, strict=True)], container
-
-    jax.tree_util.register_pytree_with_keys(t, flatten_with_keys, lambda container, new: container.build(list(new)))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Key:
-    """A key of a path in a pytree, that reads as it does in our own."""
-
-    name: str
-
-    def __str__(self) -> str:
-        return self.name
-
-
-# --- registered leaves ------------------------------------------------------------------------------------------------
-
-_T = TypeVar("_T")
-_BUILT_IN = frozenset(_KINDS)
-
-
-def register_leaf(
-    leaf_type: type[_T], /, unwrap: Callable[[_T], tuple[Any, Any]], wrap: Callable[[Any, Any], Any]
-) -> None:
-    """Say what a type of leaf is made of, so that it can cross.
-
-    For what neither framework opens: a subclass of `torch.Tensor`, an object that wraps an array. A container crosses
-    when it is registered with `jax.tree_util`, and needs this only to arrive as an object of another type.
-
-        class Length(torch.Tensor):
-            unit: str
-
-        @jax.tree_util.register_dataclass
-        @dataclass
-        class JaxLength:  # its twin
-            value: jax.Array
-            unit: str = field(metadata={"static": True})
-
-        def wrap(value, unit):
-            if not isinstance(value, torch.Tensor):
-                return JaxLength(value, unit)
-            length = value.as_subclass(Length)
-            length.unit = unit
-            return length
-
-        register_leaf(Length, lambda x: (x.as_subclass(torch.Tensor), x.unit), wrap)
-        register_leaf(JaxLength, lambda x: (x.value, x.unit), wrap)
-
-    A function that is called with a `Length` now gets a `JaxLength`, and what it returns arrives as a `Length`. Values
-    cross as ever: what is copied, differentiated and batched are the tensors that `unwrap` returns.
-
-    Args:
-        leaf_type: the type; its subclasses are other types.
-        unwrap: from an object of it, `(value, static)`. `value` is a plain tensor or array, or a pytree of them, and
-            `static` whatever else it takes to make the object again: numbers, strings and hashables, in any container.
-            Another `static` is another trace. It is called at every call, more than once, also on tracers: without side
-            effects, and by what torch can differentiate, so not by `.data` or `.detach()`.
-        wrap: from `value` and `static`, what stands for the object on the side where the value now is: on the side of
-            the object's own framework usually the object again, on the other one its twin, or the bare value.
-
-    Call it where the type is defined, once; from then on it holds in every thread. What neither framework lets through
-    its own transforms is opened inside of them: an argument or a result of `jax.jit` and its kin has to be registered
-    with `jax.tree_util` besides, and `torch.func` takes a subclass for a plain tensor. `torch.compile` traces both
-    functions, where it can trace the type at all; a torch function that makes a subclass by `as_subclass` needs
-    `jittable(example_output=...)` under `jax.jit`, because torch has no such fake tensor.
-
-    Raises:
-        OptionError: the type is registered already, or crosses anyway.
-        At the call, ContainerError: `unwrap` returned no pair, the object again, or a static with a value in it.
-    """
-    known: Any = leaf_type
-    if not isinstance(known, type):
-        raise OptionError("register_leaf of no type", got=describe(known), expected="a class")
-    if known in _OPENERS or known in _BUILT_IN or issubclass(known, jax.Array):
-        raise OptionError(f"{known.__qualname__} can't be registered", hint="It crosses already")
-    _KINDS.pop(known, None)
-    LEAVES[leaf_type] = _Functions.of(leaf_type, unwrap, wrap)
-    _OPENERS[leaf_type] = _open_leaf
-
-
-class _Functions(NamedTuple):
-    """What a type was registered with, and the same as what a container is registered with."""
-
-    unwrap: Callable[[Any], Any]
-    wrap: Callable[[Any, Any], Any]
-    take_apart: Callable[[Any], Any]
-    stand_for: Callable[[Any, Any], Any]  # an `Unwrapped`, in the place of the object
-    put_together: Callable[[Any, Any], Any]
-
-    @classmethod
-    def of(cls, t: type, unwrap: Callable[[Any], Any], wrap: Callable[[Any, Any], Any]) -> _Functions:
-        def take_apart(x: Any) -> Any:
-            value, static = unwrap(x)
-            return (value,), static
-
-        return cls(unwrap, wrap, take_apart, lambda c, s: Unwrapped(t, c[0], s), lambda c, s: wrap(c[0], s))
-
-
-LEAVES: dict[type, _Functions] = {}
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Unwrapped:
-    """A registered leaf in its parts: stands for it where it can't be made."""
-
-    type: type
-    value: Any
-    static: Any
-
-
-def _open_leaf(x: Any) -> _Opened:
-    t = type(x)
-    made = LEAVES[t].unwrap(x)
-    if type(made) is not tuple or len(made) != 2:
-        raise ContainerError(f"unwrap of {t.__name__} returned no pair", got=describe(made), expected=_PAIR)
-    return _open_unwrapped(Unwrapped(t, *made))
-
-
-def _open_unwrapped(x: Unwrapped) -> _Opened:
-    t, wrap = x.type, LEAVES[x.type].wrap
-    if first(x.value, lambda y: type(y) is t):
-        raise ContainerError(f"unwrap of {t.__name__} returned a {t.__name__} again", expected=_PAIR)
-    leaves, static = flatten(x.static, numbers_static=True)
-    if leaves:
-        raise ContainerError(f"unwrap of {t.__name__} returned a static that holds a value",
-                             got=describe(leaves[0]), expected=_PAIR)  # fmt: skip
-    return Container(t, static, ("",), lambda c: wrap(c[0], static.unflatten(()))), (x.value,)
-
-
-_PAIR = "(value, static)"
-_OPENERS[Unwrapped] = _open_unwrapped
-
-
-def unwrapped(tree: Tree, leaves: Sequence[Any]) -> Any:
-    """The pytree with these leaves, and what is registered in its parts."""
-
-    def left_open(token: Any) -> Any:
-        if type(token) is not Container or token.type not in LEAVES:
-            return token
-        return dataclasses.replace(token, build=lambda c: Unwrapped(token.type, c[0], token.aux.unflatten(())))
-
-    return Tree(tuple(map(left_open, tree.tokens))).unflatten(leaves)
 
 
 # --- trees ------------------------------------------------------------------------------------------------------------
@@ -840,7 +399,7 @@ class Marshaller:
                 self._add_with_statics(flattener, positional, keywords)
             else:
                 for value in positional:
-                    kind = _KINDS.get(type(value))
+                    kind = KINDS.get(type(value))
                     if kind is None or kind is _STATIC:
                         add(value)
                     else:  # what `add` does with a leaf, without its frame
@@ -856,7 +415,7 @@ class Marshaller:
         spec = self.specs.get(key)
         if spec is None:
             spec = self._understand(key, positional, keywords)
-            if spec.plain and all(_KINDS.get(type(value)) in tokens for value in positional):
+            if spec.plain and all(KINDS.get(type(value)) in tokens for value in positional):
                 self.plain[tuple(map(type, positional))] = spec
         return leaves, spec
 
@@ -892,6 +451,3 @@ class Marshaller:
             self.plain.clear()
         self.specs[key] = spec
         return spec
-
-
-__all__ = ["Kind", "Marshaller", "OptionError", "Spec", "Tree", "flatten"]

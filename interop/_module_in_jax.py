@@ -18,9 +18,9 @@ import torch.utils._pytree as torch_pytree
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.overrides import TorchFunctionMode
 
+from interop._closed_over import find_closed_over, first, slots_of
 from interop._errors import LeafError, UnsupportedError
 from interop._leaf import WIDE_INTS, describe
-from interop._marshal import find_closed_over, first, slots_of
 from interop._private import torch as torch_private
 
 

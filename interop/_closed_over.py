@@ -1,0 +1,104 @@
+"""What an object holds, and what a function reads beside its arguments."""
+
+from __future__ import annotations
+
+import collections
+import dis
+import functools
+import sys
+import types
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+
+
+@functools.lru_cache(maxsize=1024)
+def slots_of(t: Any) -> list[str]:
+    """The names of the attributes that objects of a type keep outside `__dict__`."""
+    slots = [(base, getattr(base, "__slots__", ())) for base in t.__mro__]
+    names = [(base, n) for base, ns in slots for n in ((ns,) if isinstance(ns, str) else ns)]
+    private = lambda n: n.startswith("__") and not n.endswith("__")  # noqa: E731 - Python puts the class before it
+    return [f"_{b.__name__.lstrip('_')}{n}" if private(n) else n for b, n in names if private(n) or n[:2] != "__"]
+
+
+def first(x: Any, wanted: Callable[[Any], bool], depth: int = 0) -> tuple[str, Any] | None:
+    """The first value in a container that is wanted, and where it is."""
+    if wanted(x):
+        return "", x
+    if depth < _DEPTH and isinstance(x, dict | list | tuple | set | frozenset | collections.deque):
+        for key, item in x.items() if isinstance(x, dict) else enumerate(x):
+            found = first(item, wanted, depth + 1)
+            if found:
+                return f"[{key!r}]{found[0]}", found[1]
+    return None
+
+
+_DEPTH = 8  # deeper is the user's
+
+
+def find_closed_over(
+    fn: Any, wanted: Callable[[Any], bool], given: Collection[str] = (), *, follow: bool = False
+) -> str | None:
+    """The name of a value that a function reads and is not given: of its closure, globals, defaults, its `self`.
+
+    Also of functions that it reads, if these are to be followed: not into libraries.
+    """
+    return _closed_over(fn, wanted, given, set() if follow else None)
+
+
+def _closed_over(
+    fn: Any, wanted: Callable[[Any], bool], given: Collection[str], followed: set[int] | None
+) -> str | None:
+    while isinstance(fn, functools.partial):
+        found = first([*fn.args, {k: v for k, v in fn.keywords.items() if k not in given}], wanted)
+        if found:
+            return f"argument{found[0]} of the partial"
+        fn = fn.func
+    if hasattr(fn, "find_held"):  # a module, which knows what is its own
+        return fn.find_held(wanted)
+    owner = getattr(fn, "__self__", None) if isinstance(fn, types.MethodType) else fn
+    for name, value in _attributes(owner):
+        found = first(value, wanted)
+        if found:
+            return f"self.{name}{found[0]}"
+    fn = getattr(fn, "__func__", fn)
+    if not isinstance(fn, types.FunctionType):
+        return None
+    cells = zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)
+    read = {name: cell.cell_contents for name, cell in cells if cell != types.CellType()}
+    read |= {name: fn.__globals__[name] for name in _globals_of(fn.__code__) if name in fn.__globals__}
+    positional = fn.__code__.co_varnames[: fn.__code__.co_argcount]
+    defaults = dict(zip(reversed(positional), reversed(fn.__defaults__ or ()), strict=False))
+    defaults |= fn.__kwdefaults__ or {}
+    read |= {name: value for name, value in defaults.items() if name not in given}
+    for name, value in read.items():
+        found = first(value, wanted)
+        if found:
+            return f"{name}{found[0]}"
+        if followed is not None and isinstance(value, types.FunctionType) and id(value) not in followed:
+            followed.add(id(value))
+            inner = None if _is_of_library(value) else _closed_over(value, wanted, (), followed)
+            if inner:
+                return f"{inner} of {name}"
+    return None
+
+
+def _is_of_library(fn: types.FunctionType) -> bool:
+    return (fn.__module__ or "").partition(".")[0] in _KNOWN
+
+
+_KNOWN = sys.stdlib_module_names | {"flax", "interop", "jax", "numpy", "torch", "torchvision", "transformers"}
+
+
+@functools.lru_cache(maxsize=1024)
+def _globals_of(code: types.CodeType) -> tuple[str, ...]:
+    return tuple({i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"})
+
+
+def _attributes(x: Any) -> list[tuple[str, Any]]:
+    """The attributes of a plain object; the parameters of a module are constants of the function."""
+    if x is None or isinstance(x, torch.nn.Module | type | types.FunctionType):
+        return []
+    kind: Any = type(x)
+    return [*getattr(x, "__dict__", {}).items(), *((n, getattr(x, n, None)) for n in slots_of(kind))]
