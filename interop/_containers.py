@@ -55,10 +55,14 @@ _once: Any = functools.partial(functools.lru_cache, maxsize=1024)
 
 
 def _open_mapping(x: Any) -> Opened:
-    return _mapping(type(x), *x), x.values()
+    container = _mapping if _NAMES.issuperset(map(type, x)) else _mapping.__wrapped__  # other keys are not kept alive
+    return container(type(x), *x), x.values()
 
 
-@_once(typed=True)  # 1 is not True
+_NAMES = frozenset({str, int})
+
+
+@_once()
 def _mapping(t: Any, *keys: Any) -> Container:
     build = lambda children: t(zip(keys, children, strict=True))  # noqa: E731
     return Container(t, _typed(keys), _names_of(keys), build)
@@ -125,7 +129,7 @@ def _open_registered(x: Any) -> Opened:
         names = tuple(jax.tree_util.keystr(path) for path, _ in paths)
         return Container(type(x), treedef, names, treedef.unflatten)
 
-    return bounded(_REGISTERED, (type(x), treedef), container, 1024), children
+    return bounded(_REGISTERED, (type(x), treedef), container, 128), children
 
 
 _REGISTERED: dict[Any, Container] = {}
