@@ -112,6 +112,10 @@ class Flat:
                 error.argument = self.path(error.leaf)
         return error
 
+    def blamed(self) -> contextlib.AbstractContextManager[None]:
+        """Where errors are of this function, and no frame above will say so: in a backward, in a graph."""
+        return _Blamed(self)
+
     def tell_time(self, what: Callable[[], str], seconds: float) -> None:
         """Tell how long something took that is done once for each set of shapes; a long time aloud, but once."""
         if tell_time(self.name, what, seconds, loudly="took long" not in self.memos):
@@ -123,6 +127,20 @@ class Flat:
         # front, so what is known of a leaf by its index stays true. What was promised of the outputs does not.
         levels = replace(self.levels, example_output=None)
         return replace(self, fn=fn, name=f"{self.name}.{kind}", levels=levels, memos={}, lock=threading.RLock())
+
+
+class _Blamed:
+    """Completes an error that passes; the error goes on."""
+
+    def __init__(self, flat: Flat) -> None:
+        self.flat = flat
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        if isinstance(error, InteropError):
+            self.flat.locate(error)
 
 
 def fill(leaves: Leaves, mask: Mask, values: Leaves) -> Leaves:

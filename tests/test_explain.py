@@ -471,8 +471,9 @@ def test_a_module_calls_its_arrays_by_their_names() -> None:
     assert [row.gradient for row in report.leaves[:2]] == ["yes", ""]
 
 
-def test_a_loss_has_its_gradient_at_once() -> None:
-    module = WrappedJaxScalarFunction(lambda w, x: (x @ w).sum(), jnp.ones((3, 2)), has_aux=False)
+@pytest.mark.parametrize("wrapped", [WrappedJaxFunction, WrappedJaxScalarFunction])
+def test_a_loss_has_its_gradient_at_once(wrapped: Any) -> None:
+    module = wrapped(lambda w, x: (x @ w).sum(), jnp.ones((3, 2)), has_aux=False)
     assert explain(module, in_torch).gradient.startswith("computed with the value, kept for the backward: f32[3,2]")
 
 

@@ -292,10 +292,8 @@ class _Eager(torch.autograd.Function):
             grads = _higher_order(flat, _unchanged(xs, versions), wanted, present, cotangents)
         else:
             wanted, backward = plan.backward(need, present)
-            try:
+            with flat.blamed():
                 grads = _from_residuals(backward, ctx, cotangents) if True in wanted else ()
-            except InteropError as error:
-                raise flat.locate(error)  # noqa: B904 - the same error; no frame above knows the function
         if plan.saved and not _keeps_graph():
             ctx.kept = None
         rest = iter(grads)
@@ -343,10 +341,8 @@ def _scaled(flat: JaxFlat, plan: Plan, gradients: Sequence[jax.Array], cotangent
     """Gradients that came with the value, times the one cotangent; None first, for what is no leaf."""
     cotangent = cotangents[0] if plan.count == 1 else pick(tuple(cotangents), plan.inexact)[0]
     if type(cotangent) not in PLAIN and not torch_private.is_traced(cotangent):
-        try:
+        with flat.blamed():
             resolve(cotangent)
-        except InteropError as error:
-            raise flat.locate(error)  # noqa: B904 - the same error; no frame above knows the function
     view = None if _keeps_graph() else view_of(cotangent)  # of a retained graph, the gradients are asked for again
     if view is not None and view.item() == 1:  # the cotangent of a loss: to look costs less than to multiply
         return None, *[None if i is None else export(gradients[i]) for i in plan.gradients]
@@ -414,12 +410,10 @@ def _op(xs: list[torch.Tensor], function: str) -> list[torch.Tensor]:
     """The op on real tensors."""
     flat = FLATS[function]
     arrays = [view_of(x) for x in xs]
-    try:
+    with flat.blamed():
         if not computes_on_cpu() or any(array is None for array in arrays):
             arrays = arrays_of(xs, x64=flat.x64)
         return [export(out) for out in evaluate(flat, arrays)[0]]
-    except InteropError as error:
-        raise flat.locate(error)  # noqa: B904 - the same error; in a graph, no frame above knows the function
 
 
 def _op_fake(xs: list[torch.Tensor], function: str) -> list[torch.Tensor]:
@@ -433,10 +427,8 @@ def _op_fake(xs: list[torch.Tensor], function: str) -> list[torch.Tensor]:
         raise flat.locate(error.at(without[0]))
     if not torch_private.is_compiled():
         FLATS.keep(function, flat)
-    try:
+    with flat.blamed():
         refuse_two_devices(xs)
-    except InteropError as error:
-        raise flat.locate(error)  # noqa: B904 - the same error; in a graph, no frame above knows the function
     device = device_of(xs)
     outs = shaped(flat, xs)
     return [torch.empty(s, dtype=dtype, device=device) for s, dtype in zip(outs.shapes, outs.dtypes, strict=True)]
