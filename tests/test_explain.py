@@ -32,6 +32,7 @@ from interop import (
     make_functional,
     torch_module_to_jax,
 )
+from interop._in_torch import _residuals
 from interop._leaf import describe, tensor_to_array
 from interop._private import torch as torch_private
 from programs import ROOT
@@ -477,9 +478,10 @@ def test_a_loss_has_its_gradient_at_once(wrapped: Any) -> None:
     assert explain(module, in_torch).gradient.startswith("computed with the value, kept for the backward: f32[3,2]")
 
 
-def test_a_loss_that_nobody_differentiates_has_its_gradient_no_longer_at_once() -> None:
+def test_a_loss_that_nobody_differentiates_has_its_gradient_no_longer_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_residuals, "_IN_VAIN", 1e6)
     waves = levels(as_torch(lambda x: jnp.tanh(jnp.tanh(x)).sum()))
-    x = torch.linspace(-1, 1, 2**20, requires_grad=True)
+    x = torch.linspace(-1, 1, 10_000, requires_grad=True)
 
     def gradient() -> str:
         return explain(waves, x).gradient.partition(",")[0]

@@ -103,7 +103,7 @@ def with_residuals(flat: JaxFlat, active: Mask, *, watched: bool = False) -> Jax
 
     Of a call that is `watched`, `flat.unasked` counts the gradients that were not asked for.
     """
-    limit = _WATCHED if watched and flat.unasked < _WATCHED else _AT_ONCE
+    limit = _WATCHED if watched and flat.unasked < _IN_VAIN else _AT_ONCE
     found = flat.memos.get((active, limit))
     if found is None:  # `memo` itself would make a closure for each call
         make = lambda: flat.variant(_residual_forward(flat, active, limit), x64=flat.x64)  # noqa: E731
@@ -242,9 +242,8 @@ def _size(variable: Any) -> float:
 
 
 # Nanoseconds that gradients may take which come with the value, before anybody asks for them: one program takes a sixth
-# to a third less than two. Where calls and backwards are counted, those in vain may add up to the second number, about
-# what it takes to compile the two.
-_AT_ONCE, _WATCHED = 3e3, 1e8
+# to a third less than two. More where calls and backwards are counted, until those in vain add up to the last number.
+_AT_ONCE, _WATCHED, _IN_VAIN = 3e3, 1e8, 1e9
 _FEW_BYTES = 2**20  # gradients may be kept, as long as they are few, or fewer than the residuals
 
 
