@@ -23,7 +23,7 @@ test-gpu: .venv/installed
 	$(BIN)/python -m pytest tests/test_gpu.py tests/test_transforms.py
 	$(BIN)/python -m pytest tests/test_module_in_torch.py -k on_the_gpu
 
-# The same with the oldest versions that pyproject.toml allows, and under the newest Python at hand.
+# The same with the oldest versions that pyproject.toml allows, and with the newest under the newest Python at hand.
 test-oldest: .venv-oldest/installed .venv-newest/installed
 	.venv-oldest/bin/python -m pytest -p no:anyio --numprocesses 2 --dist loadfile
 	.venv-newest/bin/python -m pytest --numprocesses 2 --dist loadfile
@@ -73,7 +73,9 @@ smoke: .venv/installed
 	$(call install,$(PYTHON),.venv-oldest/constraints.txt)
 
 .venv-newest/installed: pyproject.toml constraints.txt
-	$(call install,$(NEWEST_PYTHON),constraints.txt)
+	mkdir -p .venv-newest
+	grep '^torch==' constraints.txt > .venv-newest/constraints.txt
+	$(call install,$(NEWEST_PYTHON),.venv-newest/constraints.txt)
 
 # torch is pinned and installed first: an unpinned one would bring gigabytes of CUDA.
 define install

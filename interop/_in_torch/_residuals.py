@@ -21,6 +21,7 @@ from interop._abstract import kept_words
 from interop._derive import NOTHING, FlatFn, Mask, Static, fill, join, pick
 from interop._in_torch._effects import Effectful, program_of
 from interop._in_torch._flat import JaxFlat
+from interop._leaf import AT_HOME
 from interop._log import tell
 from interop._private import jax as jax_private
 from interop._side import JAX, Leaf, Leaves
@@ -103,7 +104,7 @@ def with_residuals(flat: JaxFlat, active: Mask, *, watched: bool = False) -> Jax
 
     Of a call that is `watched`, `flat.unasked` counts the gradients that were not asked for.
     """
-    limit = _WATCHED if watched and flat.unasked < _IN_VAIN else _AT_ONCE
+    limit = _WATCHED if watched and AT_HOME and flat.unasked < _IN_VAIN else _AT_ONCE
     found = flat.memos.get((active, limit))
     if found is None:  # `memo` itself would make a closure for each call
         make = lambda: flat.variant(_residual_forward(flat, active, limit), x64=flat.x64)  # noqa: E731
@@ -242,7 +243,8 @@ def _size(variable: Any) -> float:
 
 
 # Nanoseconds that gradients may take which come with the value, before anybody asks for them: one program takes a sixth
-# to a third less than two. More where calls and backwards are counted, until those in vain add up to the last number.
+# to a third less than two. More where calls and backwards are counted, until those in vain add up to the last number;
+# not on a GPU, where whether the cotangent is 1 can't be looked at, and each gradient would be multiplied by it.
 _AT_ONCE, _WATCHED, _IN_VAIN = 3e3, 1e8, 1e9
 _FEW_BYTES = 2**20  # gradients may be kept, as long as they are few, or fewer than the residuals
 
