@@ -21,7 +21,7 @@ from interop._abstract import kept_words
 from interop._derive import NOTHING, FlatFn, Mask, Static, fill, join, pick
 from interop._in_torch._effects import Effectful, program_of
 from interop._in_torch._flat import JaxFlat
-from interop._leaf import AT_HOME
+from interop._leaf import computes_on_cpu
 from interop._log import tell
 from interop._private import jax as jax_private
 from interop._side import JAX, Leaf, Leaves
@@ -104,7 +104,7 @@ def with_residuals(flat: JaxFlat, active: Mask, *, watched: bool = False) -> Jax
 
     Of a call that is `watched`, `flat.unasked` counts the gradients that were not asked for.
     """
-    limit = _WATCHED if watched and AT_HOME and flat.unasked < _IN_VAIN else _AT_ONCE
+    limit = _WATCHED if watched and computes_on_cpu() and flat.unasked < _IN_VAIN else _AT_ONCE
     found = flat.memos.get((active, limit))
     if found is None:  # `memo` itself would make a closure for each call
         make = lambda: flat.variant(_residual_forward(flat, active, limit), x64=flat.x64)  # noqa: E731
