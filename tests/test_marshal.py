@@ -103,6 +103,19 @@ def test_the_order_of_a_dict_is_part_of_the_structure() -> None:
     assert list(other.unflatten([t, t])) == ["b", "a"]
 
 
+def test_equal_keys_of_other_types_are_other_structures() -> None:
+    """What a dict of some keys has in common is remembered: not for keys that are equal, and rebuilt as others."""
+    name, number = enum.Enum("Name", {"a": "a"}, type=str), enum.IntEnum("Number", {"one": 1})
+    for keys in ((1, True, 1.0, number.one), ("a", name.a)):
+        trees = [{key: torch.ones(1)} for key in keys]
+        structures = [flatten(tree)[1] for tree in trees for _ in range(2)]
+        assert len(set(structures)) == len(keys)
+        for key, structure in zip(keys, structures[::2], strict=True):
+            (rebuilt,) = structure.unflatten([torch.ones(1)])
+            assert type(rebuilt) is type(key)
+            assert rebuilt == key
+
+
 def test_details_of_containers_survive() -> None:
     factory = collections.defaultdict(list, {"k": t})
     again = flatten(factory)[1].unflatten([t])
