@@ -712,7 +712,7 @@ def test_what_there_is_on_this_machine() -> None:
         *("devices, torch", "devices, jax", "CUDA", "x64", "preallocation", "start method"),
     ]
     assert torch.__version__.startswith(report["torch"][0])  # some wheels are for a device, and don't say it
-    assert report["jax"] == (jax.__version__, "nothing to do: >=0.10.0,<0.12 is supported")
+    assert report["jax"] == (jax.__version__, "nothing to do: >=0.10.0,<0.13 is supported")
     assert report["interop"] == (interop.__version__, "nothing to do")
     assert report["fast paths, torch"] == ("11 of 11 active", "nothing to do")
     assert report["fast paths, jax"] == ("10 of 10 active", "nothing to do")

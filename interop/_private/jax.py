@@ -1,4 +1,4 @@
-"""JAX interfaces that are not public, each with its public fallback. Checked on jax 0.10.2 and 0.11.2."""
+"""JAX interfaces that are not public, each with its public fallback. Checked on jax 0.10.2, 0.11.2 and 0.12.0."""
 
 from __future__ import annotations
 
