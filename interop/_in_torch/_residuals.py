@@ -129,19 +129,21 @@ def _residual_forward(flat: JaxFlat, active: Mask, limit: float) -> FlatFn:
             outs = tuple(jax_private.inlined(program, fill(leaves, active, primals)))
             return pick(outs, inexact), pick(outs, others_too)  # the others leave as aux: no float0 anywhere
 
-        cost = _cost(program.jaxpr)
-        some, pull, others = _pulled_back(inexact_part, cost, pick(leaves, active))
+        cost, primals = _cost(program.jaxpr), pick(leaves, active)
+        scaled = _come_at_once(flat, program, pick(tuple(program.out_avals), inexact), primals, cost <= limit)
+        if scaled:
+            some, pull, others = jax.vjp(inexact_part, *primals, has_aux=True)
+        else:
+            some, pull, others = _pulled_back(inexact_part, cost, primals)
         outs = join(inexact, some, others)
         residuals, saved, pulled, reached = _described(pull, leaves, outs, some, sum(active))
-        alone = len(some) == 1 and cost <= limit and _bytes(pick(leaves, active)) <= max(_bytes(residuals), _FEW_BYTES)
-        scaled = (alone or flat.levels.at_once) and _is_pulled_at_once(program, some, pick(leaves, active))
         if scaled:
             of = {"input": leaves, "output": outs, "residual": residuals}
             upstream = (jnp.ones_like(some[0]), *(None,) * (len(some) - 1))
             grads = pulled(tuple(of[origin][i] for origin, i in saved), upstream)
             residuals = pick(grads, reached[0])
             saved = tuple(("residual", i) for i in range(len(residuals)))
-            pulled = _scaling(reached[0], pick(leaves, active))
+            pulled = _scaling(reached[0], primals)
 
         def kept() -> str:
             if scaled:
@@ -234,12 +236,24 @@ def _cost_of(equation: Any) -> float:
     return _UNKNOWN
 
 
-def _bytes(values: Leaves) -> int:
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in map(jax.typeof, values))
-
-
 def _size(variable: Any) -> float:
     return math.prod(getattr(variable.aval, "shape", ()))
+
+
+def _kept_bytes(program: Any) -> float:
+    """Roughly what the residuals of a program take: all that is written and worth keeping."""
+    kept = 0.0
+    for equation in program.eqns:
+        inner = jax_private.inner_program(equation.primitive, equation.params)
+        if inner is not None:
+            kept += _kept_bytes(inner)
+        elif equation.primitive.name not in _FUSED:
+            kept += sum(_bytes(v.aval) for v in equation.outvars)
+    return kept
+
+
+def _bytes(aval: Any) -> int:
+    return math.prod(aval.shape) * aval.dtype.itemsize
 
 
 # Nanoseconds that gradients may take which come with the value, before anybody asks for them: one program takes a sixth
@@ -249,16 +263,19 @@ _AT_ONCE, _WATCHED, _IN_VAIN = 3e3, 1e8, 1e9
 _FEW_BYTES = 2**20  # gradients may be kept, as long as they are few, or fewer than the residuals
 
 
-def _is_pulled_at_once(program: Any, some: Leaves, primals: Leaves) -> bool:
+def _come_at_once(flat: JaxFlat, program: Any, values: Leaves, primals: Leaves, cheap: bool) -> bool:
     """Whether the gradients are computed with the value: those of one number, the first of the outputs.
 
     They are its pull-back of 1, and the pull-back of any cotangent is a multiple of them: not where a rule of the
     user's may be none, and not in 16 bits, where a loss is scaled because its gradients would underflow.
     """
-    if not some or some[0].shape:
+    if not values or values[0].shape:
         return False
-    dtypes = {x.dtype for x in (some[0], *primals)}
-    return len(dtypes) == 1 and dtypes <= _WIDE and jax_private.is_linear_in_cotangents(program.jaxpr)
+    dtypes = {x.dtype for x in (values[0], *primals)}
+    if len(dtypes) > 1 or not dtypes <= _WIDE or not jax_private.is_linear_in_cotangents(program.jaxpr):
+        return False
+    are_few = sum(map(_bytes, primals)) <= max(_FEW_BYTES, _kept_bytes(program.jaxpr))
+    return flat.levels.at_once or (len(values) == 1 and cheap and are_few)
 
 
 _WIDE = {jnp.dtype("float32"), jnp.dtype("float64")}
