@@ -64,14 +64,13 @@ _NAMES = frozenset({str, int})
 
 @_once()
 def _mapping(t: Any, *keys: Any) -> Container:
-    build = lambda children: t(zip(keys, children, strict=True))  # noqa: E731
-    return Container(t, _typed(keys), _names_of(keys), build)
+    return Container(t, _typed(keys), _names_of(keys), lambda c: t(zip(keys, c, strict=True)))
 
 
 def _open_defaultdict(x: Any) -> Opened:
     keys, factory = tuple(x), x.default_factory
-    build = lambda children: collections.defaultdict(factory, zip(keys, children, strict=True))  # noqa: E731
-    return Container(collections.defaultdict, (factory, _typed(keys)), _names_of(keys), build), x.values()
+    t, aux = collections.defaultdict, (factory, _typed(keys))
+    return Container(t, aux, _names_of(keys), lambda c: t(factory, zip(keys, c, strict=True))), x.values()
 
 
 def _typed(keys: tuple[Any, ...]) -> tuple[tuple[type, Any], ...]:
@@ -120,7 +119,10 @@ def _open_struct(x: Any) -> Opened:
 
 def _open_registered(x: Any) -> Opened:
     """One level of a pytree that JAX knows."""
-    is_child: Callable[[Any], bool] = lambda y: y is not x  # noqa: E731
+
+    def is_child(y: Any) -> bool:
+        return y is not x
+
     treedef: Any
     children, treedef = jax.tree.flatten(x, is_leaf=is_child)
 
@@ -187,16 +189,18 @@ def is_container(x: Any) -> bool:
 
 def open_container(x: Any) -> Any:
     """How this container is rebuilt from its children."""
-    opener: Any = OPENERS.get(type(x)) or opener_for(x)
+    opener: Any = opener_for(x)
     return opener(x)[0]
 
 
 def opener_for(x: Any) -> Callable[[Any], Opened] | None:
-    """How to open a container of a type not in the table.
+    """How to open a container; None for what is none.
 
     JAX's registry comes before dataclasses: an equinox module is one, with an `__init__` of its own.
     """
     t = type(x)
+    if t in OPENERS:
+        return OPENERS[t]
     if isinstance(x, tuple) and hasattr(t, "_fields"):
         return _open_named
     if isinstance(x, tuple) and hasattr(t, "n_sequence_fields"):

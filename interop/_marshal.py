@@ -41,7 +41,6 @@ class Kind(enum.IntEnum):
     STATIC = 5
 
 
-_STATIC = Kind.STATIC
 KINDS: dict[type, Kind | None] = {  # None: a container, or not met yet
     torch.Tensor: Kind.TENSOR,
     torch.nn.Parameter: Kind.TENSOR,
@@ -106,12 +105,13 @@ class _Flattener:
         t = type(x)
         kind = KINDS.get(t)
         if kind is None:
-            opener = OPENERS.get(t)
-            if opener is None:
+            if t not in OPENERS:
                 kind = _kind(x)
-                opener = opener_for(x) if kind is None else None
+            opener = opener_for(x) if kind is None else None
             if opener is not None:
-                self.open(*opener(x))
+                container, children = opener(x)
+                self.tokens.append(container)
+                self.add_all(children)
                 return
         if kind is None:
             self.tokens.append(_opaque(x))
@@ -121,15 +121,14 @@ class _Flattener:
             self.leaves.append(x)
             self.tokens.append(kind)
 
-    def open(self, container: Container, children: Collection[Any]) -> None:
-        self.tokens.append(container)
-        kinds = tuple(map(KINDS.get, map(type, children)))
+    def add_all(self, values: Collection[Any]) -> None:
+        kinds = tuple(map(KINDS.get, map(type, values)))
         if _ARRAYS.issuperset(kinds):  # what `add` does with each of them
-            self.leaves.extend(children)
+            self.leaves.extend(values)
             self.tokens.extend(kinds)
         else:
-            for child in children:
-                self.add(child)
+            for value in values:
+                self.add(value)
 
 
 def static_leaf(x: Any) -> StaticLeaf:
@@ -162,7 +161,7 @@ def _opaque(x: Any) -> StaticLeaf:
 
 def _blame(x: Any) -> tuple[str, ContainerError] | None:
     """Where in a pytree the object is that can't be flattened, and why; None if there is none."""
-    opener = None if type(x) in KINDS else OPENERS.get(type(x)) or opener_for(x)
+    opener = None if type(x) in KINDS else opener_for(x)
     try:
         if opener is None:
             flatten(x)
@@ -393,21 +392,15 @@ class Marshaller:
         """
         positional, keywords = self.bind(*args, **kwargs)
         flattener = _Flattener(numbers_static=False)
-        add, leaves, tokens = flattener.add, flattener.leaves, flattener.tokens
+        tokens = flattener.tokens
         try:
             if self.static:
                 self._add_with_statics(flattener, positional, keywords)
             else:
-                for value in positional:
-                    kind = KINDS.get(type(value))
-                    if kind is None or kind is _STATIC:
-                        add(value)
-                    else:  # what `add` does with a leaf, without its frame
-                        leaves.append(value)
-                        tokens.append(kind)
+                flattener.add_all(positional)
                 for name in keywords:
                     tokens.append(name)
-                    add(keywords[name])
+                    flattener.add(keywords[name])
         except ContainerError as error:
             error.argument = self._guilty(positional, keywords)
             raise
@@ -417,7 +410,7 @@ class Marshaller:
             spec = self._understand(key, positional, keywords)
             if spec.plain and all(KINDS.get(type(value)) in tokens for value in positional):
                 self.plain[tuple(map(type, positional))] = spec
-        return leaves, spec
+        return flattener.leaves, spec
 
     def _add_with_statics(self, flattener: _Flattener, positional: Sequence[Any], keywords: dict[str, Any]) -> None:
         for name, value in self._named(positional, keywords):

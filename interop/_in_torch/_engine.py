@@ -422,13 +422,13 @@ def _op_fake(xs: list[torch.Tensor], function: str) -> list[torch.Tensor]:
     if not flat.levels.jittable:
         raise NotJittableError("traced by torch", hint="Stack @jittable")
     without = [i for i, x in enumerate(xs) if x.is_meta]
-    if without and len(without) < len(xs):
-        error = LeafError("a tensor on the 'meta' device has no values", hint="Materialise it with to_empty()")
-        raise flat.locate(error.at(without[0]))
+    with flat.blamed():
+        if without and len(without) < len(xs):
+            error = LeafError("a tensor on the 'meta' device has no values", hint="Materialise it with to_empty()")
+            raise error.at(without[0])
+        refuse_two_devices(xs)
     if not torch_private.is_compiled():
         FLATS.keep(function, flat)
-    with flat.blamed():
-        refuse_two_devices(xs)
     device = device_of(xs)
     outs = shaped(flat, xs)
     return [torch.empty(s, dtype=dtype, device=device) for s, dtype in zip(outs.shapes, outs.dtypes, strict=True)]

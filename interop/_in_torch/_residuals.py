@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,8 +107,7 @@ def with_residuals(flat: JaxFlat, active: Mask, *, watched: bool = False) -> Jax
     limit = _WATCHED if watched and computes_on_cpu() and flat.unasked < _IN_VAIN else _AT_ONCE
     found = flat.memos.get((active, limit))
     if found is None:  # `memo` itself would make a closure for each call
-        make = lambda: flat.variant(_residual_forward(flat, active, limit), x64=flat.x64)  # noqa: E731
-        found = flat.memo((active, limit), make)
+        found = flat.memo((active, limit), lambda: flat.variant(_residual_forward(flat, active, limit), x64=flat.x64))
     return found
 
 
@@ -210,18 +209,22 @@ def _is_worth_keeping(primitive: Any, *_: Any, **params: Any) -> bool:
     inner = jax_private.inner_program(primitive, params)
     if inner is None:
         return primitive.name not in _FUSED
-    return any(_is_worth_keeping(e.primitive, **e.params) for e in inner.eqns)
+    return any(e.primitive.name not in _FUSED for e in _operations(inner))
 
 
 def _cost(program: Any) -> float:
     """Roughly the nanoseconds that a program takes."""
-    return sum(_cost_of(equation) for equation in program.eqns)
+    return sum(map(_cost_of, _operations(program)))
+
+
+def _operations(program: Any) -> Iterator[Any]:
+    """The equations of a program, with those of a program inside in its place."""
+    for equation in program.eqns:
+        inner = jax_private.inner_program(equation.primitive, equation.params)
+        yield from (equation,) if inner is None else _operations(inner)
 
 
 def _cost_of(equation: Any) -> float:
-    inner = jax_private.inner_program(equation.primitive, equation.params)
-    if inner is not None:
-        return _cost(inner)
     name, size = equation.primitive.name, sum(_size(v) for v in equation.outvars)
     if name in _LOOPS:
         return math.inf
@@ -240,16 +243,9 @@ def _size(variable: Any) -> float:
     return math.prod(getattr(variable.aval, "shape", ()))
 
 
-def _kept_bytes(program: Any) -> float:
+def _kept_bytes(program: Any) -> int:
     """Roughly what the residuals of a program take: all that is written and worth keeping."""
-    kept = 0.0
-    for equation in program.eqns:
-        inner = jax_private.inner_program(equation.primitive, equation.params)
-        if inner is not None:
-            kept += _kept_bytes(inner)
-        elif equation.primitive.name not in _FUSED:
-            kept += sum(_bytes(v.aval) for v in equation.outvars)
-    return kept
+    return sum(_bytes(v.aval) for e in _operations(program) if e.primitive.name not in _FUSED for v in e.outvars)
 
 
 def _bytes(aval: Any) -> int:
