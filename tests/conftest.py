@@ -7,6 +7,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 
+import jax
 import pytest
 import torch
 
@@ -14,6 +15,9 @@ from hosts import DEVICE
 from programs import run_program
 
 torch.set_num_threads(1)
+# Thousands of programs that run once: what compiles them is half the time. What runs in a process of its own is
+# compiled as a user's is.
+jax.config.update("jax_disable_most_optimizations", True)
 if DEVICE == "cpu" and torch.cuda.is_available():
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # else what the tests make in JAX would be on the GPU
 
