@@ -82,7 +82,10 @@ class Structure:
         return [*seen, *(i for i in every if i not in set(seen))]
 
     def renewed(self, old: Sequence[Any], new: Any) -> list[Any]:
-        """The leaves of a new pytree in this order, as torch holds them; raises if it is not like the old one."""
+        """The leaves of a new pytree in this order, as torch holds them; raises if it is not like the old one.
+
+        They are written to buffers: no derivative goes through them.
+        """
         leaves, tree = flatten(new, numbers_static=True)
         given = dict(zip((".".join(map(_name, route)) or "0" for route in tree.routes()), leaves, strict=True))
         problems = [f"{self.label}.{name}: unknown" for name in given if name not in self.names]
@@ -95,7 +98,7 @@ class Structure:
             if value.shape != before.shape or not _is_alike(value.dtype, before.dtype):
                 got, expected = describe(given[name]), describe(form.restored(before))
                 problems.append(f"{self.label}.{name}: got {got}, expected {expected}")
-            values.append(value)
+            values.append(jax.lax.stop_gradient(value))
         if problems:
             raise OutputMismatchError("\n    ".join([f"the new {self.label} is not like the old one:", *problems]))
         return values

@@ -478,6 +478,24 @@ def test_a_loss_has_its_gradient_at_once(wrapped: Any) -> None:
     assert explain(module, in_torch).gradient.startswith("computed with the value, kept for the backward: f32[3,2]")
 
 
+@pytest.mark.parametrize("has_aux", [False, True])
+def test_what_has_no_derivative_beside_a_loss_does_not_matter(has_aux: bool) -> None:
+    """New state, and what the function says beside its value."""
+
+    def loss(params: Any, state: Any, x: Any) -> Any:
+        out = x @ params
+        value = ((out - out.mean(0)) ** 2).mean()
+        return (value, out) if has_aux else value, 0.9 * state + 0.1 * out.mean(0)
+
+    module = WrappedJaxFunction(loss, jnp.ones((3, 2)), state=jnp.zeros(2), has_aux=has_aux)
+    assert explain(module, in_torch).gradient.startswith("computed with the value, kept for the backward: f32[3,2]")
+
+
+def test_a_second_number_has_its_own_gradient() -> None:
+    both = levels(as_torch(lambda x: ((x**2).sum(), (x**3).sum())))
+    assert explain(both, torch.ones(3, requires_grad=True)).gradient.startswith("captured")
+
+
 def test_a_loss_that_nobody_differentiates_has_its_gradient_no_longer_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_residuals, "_IN_VAIN", 1e6)
     waves = levels(as_torch(lambda x: jnp.tanh(jnp.tanh(x)).sum()))
@@ -495,6 +513,34 @@ def test_a_loss_that_nobody_differentiates_has_its_gradient_no_longer_at_once(mo
     (captured,) = torch.autograd.grad(waves(x), x)
     (expected,) = torch.autograd.grad(torch.tanh(torch.tanh(x)).sum(), x)
     torch.testing.assert_close([at_once, captured], [expected, expected])
+
+
+PARTS: dict[str, Any] = {
+    "dropout": lambda x: jnp.where(jax.random.bernoulli(jax.random.key(0), 0.5, x.shape), 2 * x, 0),
+    "noise": lambda x: x * jax.random.normal(jax.random.fold_in(jax.random.key(0), 1), x.shape),
+    "pooling": lambda x: jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (2, 2), (2, 2), "VALID"),
+    "split and stack": lambda x: jnp.stack(jnp.split(x, 2)),
+}
+
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_a_loss_of_what_networks_are_made_of_has_its_gradient_at_once(part: Any) -> None:
+    def loss(x: Any) -> Any:
+        return jnp.tanh(part(x)).sum()
+
+    crossed, x = levels(as_torch(loss)), torch.linspace(-2, 2, 64).reshape(8, 8).requires_grad_()
+    assert explain(crossed, x).gradient.startswith("computed with the value")
+    (gradient,) = torch.autograd.grad(crossed(x), x)
+    expected = jax.grad(loss)(jnp.asarray(x.detach().numpy()))
+    torch.testing.assert_close(gradient, torch.tensor(np.asarray(expected)))
+
+
+def test_what_is_random_is_not_drawn_again() -> None:
+    """However cheap it is."""
+    noisy = levels(as_torch(lambda x: x * jax.random.normal(jax.random.key(0), x.shape)))
+    assert explain(noisy, torch.ones(3, requires_grad=True)).gradient == (
+        "captured, kept for the backward: f32[3] (12 bytes of its own)"
+    )
 
 
 def test_gradients_larger_than_the_residuals_are_not_kept() -> None:

@@ -258,7 +258,7 @@ class _Eager(torch.autograd.Function):
         flat, arrays = running
         full, static = evaluate(with_residuals(flat, ctx.needs_input_grad[1:], watched=True), arrays)
         plan: Plan = static.value
-        flat.unasked += plan.unasked
+        flat.unasked += plan.price
         running.append(plan.structure.value)
         outs = tuple([export(out) for out in full[: plan.count]])
         if plan.count != 1:
@@ -280,7 +280,7 @@ class _Eager(torch.autograd.Function):
             raise _freed()
         flat, plan, xs, versions, residuals = ctx.kept
         if plan.scaled and not _is_grad_enabled() and plan.serves(cotangents):
-            flat.unasked = max(0.0, flat.unasked - plan.unasked)
+            flat.unasked = max(0.0, flat.unasked - plan.price)
             if not _keeps_graph():
                 ctx.kept = None
             return _scaled(flat, plan, residuals, cotangents)

@@ -41,7 +41,7 @@ class Plan:
         reached: for each output that is inexact, the active inputs that its cotangent reaches.
         scaled: whether what is saved are the gradients themselves, those of the first number of the outputs, to be
             multiplied by its cotangent; for each input then, which of them is its own.
-        unasked: nanoseconds that those gradients take which nobody may ask for, by estimate.
+        price: nanoseconds that those gradients take, by estimate; 0 where they are asked for at any rate.
         pull: `(saved, cotangents)` to the cotangents of the active primals, under a trace.
     """
 
@@ -54,7 +54,7 @@ class Plan:
     flat: JaxFlat
     active: Mask
     scaled: bool = False
-    unasked: float = 0.0
+    price: float = 0.0
     backwards: dict[tuple[Mask, Mask], tuple[Mask, JaxFlat]] = field(
         default_factory=dict[tuple[Mask, Mask], "tuple[Mask, JaxFlat]"], repr=False
     )
@@ -129,11 +129,14 @@ def _residual_forward(flat: JaxFlat, active: Mask, limit: float) -> FlatFn:
             return pick(outs, inexact), pick(outs, others_too)  # the others leave as aux: no float0 anywhere
 
         cost, primals = _cost(program.jaxpr), pick(leaves, active)
-        scaled = _come_at_once(flat, program, pick(tuple(program.out_avals), inexact), primals, cost <= limit)
+        is_random = any(e.primitive.name in _RANDOM for e in _operations(program.jaxpr))
+        values = pick(tuple(zip(program.out_avals, jax_private.stopped(program.jaxpr), strict=True)), inexact)
+        scaled = _come_at_once(flat, program, values, primals, cost <= limit)
         if scaled:
             some, pull, others = jax.vjp(inexact_part, *primals, has_aux=True)
         else:
-            some, pull, others = _pulled_back(inexact_part, cost, primals)
+            # What is random is never run again, as if it took for ever.
+            some, pull, others = _pulled_back(inexact_part, max(cost, _UNKNOWN if is_random else 0.0), primals)
         outs = join(inexact, some, others)
         residuals, saved, pulled, reached = _described(pull, leaves, outs, some, sum(active))
         if scaled:
@@ -150,8 +153,8 @@ def _residual_forward(flat: JaxFlat, active: Mask, limit: float) -> FlatFn:
             return kept_words(saved, residuals, flat.path, structure)
 
         tell(flat.name, "gradient captured (kept for it: %s)", kept)
-        unasked = 0.0 if flat.levels.at_once or not scaled else cost
-        plan = Plan(len(outs), structure, saved, inexact, reached, pulled, flat, active, scaled, unasked)
+        price = 0.0 if flat.levels.at_once or not scaled else cost
+        plan = Plan(len(outs), structure, saved, inexact, reached, pulled, flat, active, scaled, price)
         return (*outs, *residuals), Static(plan)
 
     return forward
@@ -170,15 +173,19 @@ def _words(text: str) -> frozenset[str]:
 
 # Operations that are computed again rather than kept: each reads little more than it writes.
 _FUSED = _words(
-    "abs add and broadcast_in_dim ceil clamp complex conj convert_element_type copy copy_p div eq expand_dims floor ge "
-    "gt imag integer_pow iota is_finite le lt max min mul ne neg not or real reshape rev round select_n sign slice "
-    "square squeeze stop_gradient sub transpose xor"
+    "abs add and bitcast_convert_type broadcast_in_dim ceil clamp complex conj convert_element_type copy copy_p div eq "
+    "expand_dims floor ge gt imag integer_pow iota is_finite le lt max min mul ne neg not or real reshape rev round "
+    "select_n shift_left shift_right_arithmetic shift_right_logical sign slice split square squeeze stop_gradient sub "
+    "transpose xor"
 )
 _ELEMENTWISE = _words(
     "acos acosh argmax argmin asin asinh atan atan2 atanh cbrt concatenate cos cosh cummax cummin cumprod cumsum "
     "digamma dynamic_slice dynamic_update_slice erf erf_inv erfc exp exp2 expm1 gather lgamma log log1p logistic "
-    "nextafter pad pow reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum rem rsqrt scatter scatter-add "
-    "sin sinh sqrt tan tanh"
+    "nextafter pad pow reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_window_max "
+    "reduce_window_min reduce_window_sum rem rsqrt scatter scatter-add sin sinh sqrt stack tan tanh"
+)
+_RANDOM = _words(
+    "random_bits random_clone random_fold_in random_seed random_split random_unwrap random_wrap threefry2x32"
 )
 _LOOPS = frozenset({"scan", "while"})
 _UNKNOWN = 1e9  # a factorisation, a sort, a callback: kept, whatever it costs
@@ -234,7 +241,7 @@ def _cost_of(equation: Any) -> float:
     if name == "conv_general_dilated":
         kernel = equation.invars[1].aval
         return _PRODUCT * size * kernel.size / kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
-    if name in _FUSED or name in _ELEMENTWISE:
+    if name in _FUSED or name in _ELEMENTWISE or name in _RANDOM:
         return (_CHEAP if name in _FUSED else _ELEMENT) * max(size, *(_size(v) for v in equation.invars), 1)
     return _UNKNOWN
 
@@ -259,19 +266,24 @@ _AT_ONCE, _WATCHED, _IN_VAIN = 3e3, 1e8, 1e9
 _FEW_BYTES = 2**20  # gradients may be kept, as long as they are few, or fewer than the residuals
 
 
-def _come_at_once(flat: JaxFlat, program: Any, values: Leaves, primals: Leaves, cheap: bool) -> bool:
+def _come_at_once(
+    flat: JaxFlat, program: Any, values: Sequence[tuple[Any, bool]], primals: Leaves, cheap: bool
+) -> bool:
     """Whether the gradients are computed with the value: those of one number, the first of the outputs.
+
+    Of each output `values` has its aval, and whether it has no derivative anyway, as aux or new state has none.
 
     They are its pull-back of 1, and the pull-back of any cotangent is a multiple of them: not where a rule of the
     user's may be none, and not in 16 bits, where a loss is scaled because its gradients would underflow.
     """
-    if not values or values[0].shape:
+    if not values or values[0][0].shape:
         return False
-    dtypes = {x.dtype for x in (values[0], *primals)}
+    dtypes = {x.dtype for x in (values[0][0], *primals)}
     if len(dtypes) > 1 or not dtypes <= _WIDE or not jax_private.is_linear_in_cotangents(program.jaxpr):
         return False
     are_few = sum(map(_bytes, primals)) <= max(_FEW_BYTES, _kept_bytes(program.jaxpr))
-    return flat.levels.at_once or (len(values) == 1 and cheap and are_few)
+    is_alone = all(has_none for _, has_none in values[1:])
+    return flat.levels.at_once or (is_alone and cheap and are_few)
 
 
 _WIDE = {jnp.dtype("float32"), jnp.dtype("float64")}

@@ -305,6 +305,12 @@ def dependences(program: Any) -> list[int]:
     return list(map(read, program.outvars))
 
 
+def stopped(program: Any) -> tuple[bool, ...]:
+    """Which outputs of a jaxpr are given by `jax.lax.stop_gradient`."""
+    given = {id(v) for equation in program.eqns if equation.primitive.name == "stop_gradient" for v in equation.outvars}
+    return tuple(id(v) in given for v in program.outvars)
+
+
 # --- containers -------------------------------------------------------------------------------------------------------
 
 _nodes: dict[type, Any] = getattr(_tree_util, "_registry", {})
