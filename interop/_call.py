@@ -21,18 +21,11 @@ from interop._abstract import Aval, Outputs, aval_of, check_promise
 from interop._closed_over import find_closed_over
 from interop._containers import bounded
 from interop._derive import Flat, Levels, Static
-from interop._errors import InteropError, LeafError, OptionError
+from interop._errors import InteropError, OptionError
+from interop._given import beside_tensors, crosses, given, in_64_bits, key_data, returned
 from interop._leaf import (
-    array_of_numpy,
-    array_to_tensor,
     describe,
-    device_of,
-    refuse_foreign,
-    tensor_of_numpy,
-    tensor_to_array,
     too_large,
-    torch_dtype,
-    why_copied,
     x64_enabled,
 )
 from interop._located import dump_spec, find, load_spec, locate
@@ -164,7 +157,7 @@ class Entry:
         name = str(self.rng)
         if name not in kwargs:
             raise TypeError(f"{self.record.name}() missing 1 required keyword-only argument: '{name}'")
-        return [_key_data(kwargs.pop(name), name)]
+        return [key_data(kwargs.pop(name), name)]
 
     def _call(self, leaves: Sequence[Leaf], spec: Spec, key: list[Leaf]) -> Any:
         """A first call, or one with a key, leaves that need converting, or numbers that have to be constants."""
@@ -199,7 +192,7 @@ class Entry:
         with contextlib.suppress(InteropError):  # the call itself will raise it
             x64 = in_64_bits(self.converted(leaves, spec)[0])
             for index, (leaf, kind) in enumerate(zip(leaves, spec.kinds, strict=True)):
-                how, why = crosses(self.record, leaf, kind, index, x64=x64)
+                how, why = crosses(self.host, leaf, kind, index, x64=x64, jit=self.record.jit)
                 if how == "copied":
                     tell(self.record.name, "%s %s is copied: %s", spec.path(index), describe(leaf), why)
 
@@ -214,8 +207,8 @@ class Entry:
             return leaves, ()
         pairs = list(zip(leaves, spec.kinds, strict=True))
         impls = tuple(str(jax.random.key_impl(leaf)) if kind is Kind.KEY else None for leaf, kind in pairs)
-        given = [_given(self.host, leaf, kind, index) for index, (leaf, kind) in enumerate(pairs)]
-        return (_beside_tensors(given, pairs) if self.host is TORCH else given), impls
+        own = [given(self.host, leaf, kind, index) for index, (leaf, kind) in enumerate(pairs)]
+        return (beside_tensors(own, pairs) if self.host is TORCH else own), impls
 
     def baked(self, leaves: Sequence[Leaf], spec: Spec, impls: tuple[str | None, ...]) -> tuple[Flat, list[Leaf]]:
         """The function of one structure of call with its Python numbers as constants, and the other leaves."""
@@ -247,7 +240,7 @@ class Entry:
                 return (result,), structure
             outs, tree = flatten(result, numbers_static=True)
             return tuple(
-                _result(guest, out, kind, tree, i) for i, (out, kind) in enumerate(zip(outs, tree.kinds, strict=True))
+                returned(guest, out, kind, tree, i) for i, (out, kind) in enumerate(zip(outs, tree.kinds, strict=True))
             ), Static(tree)
 
         def fn(*leaves: Leaf) -> tuple[Leaves, Static]:
@@ -347,122 +340,6 @@ def _keys_wrapped(leaves: Leaves, impls: tuple[str | None, ...]) -> Leaves:
     return tuple(
         jax.random.wrap_key_data(leaf, impl=impl) if impl else leaf for leaf, impl in zip(leaves, impls, strict=True)
     )
-
-
-# --- given and returned -----------------------------------------------------------------------------------------------
-
-
-def in_64_bits(given: Sequence[Leaf]) -> bool:
-    """Whether a JAX function of these leaves, as torch has them, runs in 64 bits."""
-    return _in_torch.in_64_bits([x for x in given if isinstance(x, torch.Tensor)])
-
-
-def crosses(record: Record, leaf: Leaf, kind: Kind, index: int, *, x64: bool) -> tuple[str, str]:
-    """How a leaf of a call crosses ("shared", "copied", "converted", "traced"), and why; what is refused, raises."""
-    given = _given(record.host or TORCH, leaf, kind, index)
-    if kind is Kind.NUMBER:
-        return ("converted", "a traced number") if record.host is TORCH else ("static", "a number, given as it is")
-    if isinstance(leaf, jax.core.Tracer) or (kind is Kind.TENSOR and torch_private.is_traced(leaf)):
-        return "traced", "it has no values yet"
-    if record.host is JAX:
-        array_to_tensor(given)  # it raises
-        return "copied", _spread(leaf) or _FOREIGN.get(kind, "the function may write to it")
-    if kind is Kind.NUMPY:
-        return "copied", "numpy's memory is the user's to write"
-    if kind is Kind.KEY:
-        return "converted", "to its data, and typed again"
-    why = _spread(leaf) or why_copied(refuse_foreign(given), x64=x64)
-    if why is None and not record.jit:
-        why = "a function that is not traced may keep it"
-    return ("copied", why) if why else ("shared", "an array already" if kind is Kind.ARRAY else "")
-
-
-def _spread(leaf: Leaf) -> str | None:
-    """Why an array on several devices is copied."""
-    count = len(leaf.sharding.device_set) if isinstance(leaf, jax.Array) else 1
-    return f"it is gathered from {count} devices" if count > 1 else None
-
-
-_FOREIGN = {Kind.TENSOR: "a tensor, of which the value crosses", Kind.NUMPY: "numpy's memory is the user's to write"}
-
-
-def _given(host: Side, leaf: Leaf, kind: Kind, index: int) -> Leaf:
-    """A leaf of a call as a leaf of the host."""
-    try:
-        if kind is Kind.NUMBER:
-            return leaf
-        return _tensor_given(leaf, kind) if host is TORCH else _array_given(leaf, kind)
-    except InteropError as error:
-        raise error.at(index)  # noqa: B904 - the same error, located
-
-
-def _beside_tensors(given: list[Leaf], pairs: Sequence[tuple[Leaf, Kind]]) -> list[Leaf]:
-    """As in JAX, what was put nowhere goes where the others are."""
-    tensors = [leaf for leaf, kind in pairs if kind is Kind.TENSOR]
-    if not tensors:
-        return given
-    device = device_of(tensors)
-    is_free = [kind is Kind.NUMPY or (kind in (Kind.ARRAY, Kind.KEY) and not leaf.committed) for leaf, kind in pairs]
-    return [t.to(device) if free else t for t, free in zip(given, is_free, strict=True)]
-
-
-def _tensor_given(leaf: Leaf, kind: Kind) -> torch.Tensor:
-    if kind is Kind.TENSOR:
-        return leaf
-    if kind is Kind.NUMPY:
-        return tensor_of_numpy(leaf)
-    return array_to_tensor(jax.random.key_data(leaf) if kind is Kind.KEY else leaf)
-
-
-def _array_given(leaf: Leaf, kind: Kind) -> Any:
-    if kind is Kind.ARRAY:
-        return leaf
-    if kind is Kind.NUMPY:
-        return array_of_numpy(leaf)
-    if kind is Kind.KEY:
-        raise LeafError("a typed PRNG key can't cross", got=describe(leaf), hint="Pass jax.random.key_data(key)")
-    if leaf.requires_grad and torch.is_grad_enabled():
-        raise LeafError(
-            "a tensor that requires grad would lose its gradient in a function that JAX calls",
-            got=describe(leaf),
-            hint="Pass x.detach(), or call the torch function itself",
-        )
-    return tensor_to_array(leaf.detach().clone(), x64=x64_enabled())
-
-
-def _key_data(key: Any, name: str) -> Any:
-    """The data of a key of JAX, typed or raw."""
-    if isinstance(key, jax.Array | np.ndarray):
-        if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
-            key = jax.random.key_data(key)
-        if key.dtype == np.uint32 and key.shape in ((2,), (4,)):  # of threefry, of rbg
-            return jax.numpy.asarray(key)
-    error = LeafError("it is no key of JAX", got=describe(key), hint="Pass jax.random.key(seed), or its data")
-    error.argument = name
-    raise error
-
-
-def _result(guest: Side, out: Leaf, kind: Kind, tree: Tree, index: int) -> Leaf:
-    """A leaf of a result as a leaf of the guest, of a dtype that can cross."""
-    try:
-        return _checked_result(guest, out, kind)
-    except InteropError as error:
-        error.result = error.result or tree.path(index)
-        raise
-
-
-def _checked_result(guest: Side, out: Leaf, kind: Kind) -> Leaf:
-    own = Kind.ARRAY if guest is JAX else Kind.TENSOR
-    if kind is Kind.NUMPY:
-        return array_of_numpy(out) if guest is JAX else tensor_of_numpy(out)
-    if kind is not own and not (guest is TORCH and kind is Kind.ARRAY):
-        if kind is Kind.KEY:
-            raise LeafError(f"a typed PRNG key ({out.dtype}) can't cross", hint="Return jax.random.key_data(key)")
-        raise LeafError(f"a {type(out).__name__} can't cross", got=describe(out))
-    if guest is JAX:
-        torch_dtype(out.dtype)
-        return out
-    return out if kind is own else array_to_tensor(out)
 
 
 # --- promised and refused ---------------------------------------------------------------------------------------------

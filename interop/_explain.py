@@ -13,11 +13,12 @@ import torch
 
 from interop import _in_jax, _in_torch
 from interop._abstract import Aval, Outputs, aval_of, kept_words
-from interop._call import Entry, crosses, in_64_bits, located, needs_value
+from interop._call import Entry, located, needs_value
 from interop._convert import by_name, by_position
 from interop._crossing import entry_of
 from interop._derive import NOTHING, Mask
 from interop._errors import AbstractEvalError, InteropError, NotDifferentiableError, OptionError, named
+from interop._given import crosses, in_64_bits
 from interop._leaf import argument_of, describe, refuse_two_devices
 from interop._marshal import Kind, Spec, StaticLeaf, Tree
 from interop._module_in_torch import WrappedJaxFunction
@@ -304,7 +305,7 @@ class _Host:
         """How a leaf crosses; where it does not, the report says the error."""
         leaf, kind = self.leaves[index], self.spec.kinds[index]
         try:
-            how = crosses(self.record, leaf, kind, index, x64=x64)
+            how = crosses(self.entry.host, leaf, kind, index, x64=x64, jit=self.record.jit)
             if self.entry.host is TORCH and kind is Kind.TENSOR and how[0] != "traced":
                 argument_of(leaf, x64=x64)  # a value may be what is refused
         except InteropError as error:

@@ -131,6 +131,7 @@ ORDER = [
     "_in_torch | _in_jax",
     "_module_in_jax | _models",
     "_compiled",
+    "_given",
     "_call",
     "_crossing",
     "_module_in_torch",

@@ -87,12 +87,45 @@ def graph_op(fn: Callable[..., jax.Array]) -> Callable[..., torch.Tensor]:
     return lambda x, w: Op.apply(x, w)
 
 
+def batched_op(fn: Callable[..., Any]) -> Callable[..., torch.Tensor]:
+    """A JAX function of two tensors as an operation of torch's autograd that has a rule for batches of the first."""
+    one, many = jax_call(fn), jax_call(jax.vmap(fn, in_axes=(0, None)))
+
+    class Op(torch.autograd.Function):
+        @staticmethod
+        def forward(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+            return one(x, w)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            pass
+
+        @staticmethod
+        def vmap(_info: Any, _in_dims: Any, x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, int]:
+            return many(x, w), 0
+
+    return lambda x, w: Op.apply(x, w)
+
+
 def torch_call(fn: Callable[..., torch.Tensor]) -> Callable[..., jax.Array]:
     """A torch function on arrays: export, the function, import."""
 
     def call(*arrays: jax.Array) -> jax.Array:
         with torch.no_grad():
             return to_jax(fn(*[to_torch(a) for a in arrays]))
+
+    return call
+
+
+def careful_call(fn: Callable[..., torch.Tensor]) -> Callable[..., jax.Array]:
+    """The same with what a crossing promises: the function may write to its arguments, and return one of them."""
+
+    def call(*arrays: jax.Array) -> jax.Array:
+        with torch.no_grad():
+            computed = fn(*[to_torch(a).clone() for a in arrays])
+            if computed._is_view() or computed.requires_grad or not computed.is_contiguous():
+                raise AssertionError
+            return to_jax(computed)
 
     return call
 
