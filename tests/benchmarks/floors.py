@@ -53,6 +53,38 @@ def jax_gradient(fn: Callable[..., Any]) -> Callable[..., list[torch.Tensor]]:
     return both
 
 
+def training_step(
+    model: Callable[[Any, jax.Array], jax.Array], variables: Any, x: jax.Array, *, loss_in_jax: bool
+) -> Callable[[], None]:
+    """A step of torch's Adam on a JAX model, without a module and without autograd through it."""
+    leaves, treedef = jax.tree.flatten(variables)
+    parameters = [torch.nn.Parameter(to_torch(leaf).clone()) for leaf in leaves]
+    optimizer = torch.optim.Adam(parameters, 1e-4, fused=True)
+
+    def of_leaves(leaves: list[jax.Array]) -> jax.Array:
+        out = model(jax.tree.unflatten(treedef, leaves), x)
+        return (out**2).mean() if loss_in_jax else out
+
+    value_and_gradients = jax.jit(jax.value_and_grad(of_leaves))
+    forward, backward = jax.jit(lambda leaves: jax.vjp(of_leaves, leaves)), jax.jit(lambda pull, c: pull(c)[0])
+
+    def step() -> None:
+        arrays = [to_jax(p.detach()) for p in parameters]
+        if loss_in_jax:
+            value, gradients = value_and_gradients(arrays)
+            to_torch(value)
+        else:
+            value, pull = forward(arrays)
+            out = to_torch(value).requires_grad_()
+            (out**2).mean().backward()
+            gradients = backward(pull, to_jax(out.grad))
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = to_torch(gradient)
+        optimizer.step()
+
+    return step
+
+
 _LIBRARY = torch.library.Library("floor", "DEF")
 
 
