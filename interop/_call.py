@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.core
 import numpy as np
 import torch
 import torch.utils._pytree as torch_pytree
