@@ -15,11 +15,25 @@ from hosts import DEVICE
 from programs import run_program
 
 torch.set_num_threads(1)
-# Thousands of programs that run once: what compiles them is half the time. What runs in a process of its own is
-# compiled as a user's is.
-jax.config.update("jax_disable_most_optimizations", True)
 if DEVICE == "cpu" and torch.cuda.is_available():
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # else what the tests make in JAX would be on the GPU
+
+
+def _compile_in_a_hurry() -> None:
+    """Thousands of programs run once each: what compiles them well takes longer than all else.
+
+    A program in a process of its own is compiled as a user's is: the flags are gone once this process has read them.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    flags = [os.environ.get("XLA_FLAGS", ""), "--xla_cpu_parallel_codegen_split_count=1"]
+    if jax.version.__version_info__ < (0, 11):  # later ones have no other emitters
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XLA_FLAGS", " ".join(flags))
+        jax.devices()
+
+
+_compile_in_a_hurry()
 
 
 @pytest.fixture(autouse=True)
