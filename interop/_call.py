@@ -22,11 +22,7 @@ from interop._containers import bounded
 from interop._derive import Flat, Levels, Static
 from interop._errors import InteropError, OptionError
 from interop._given import beside_tensors, crosses, given, in_64_bits, key_data, returned
-from interop._leaf import (
-    describe,
-    too_large,
-    x64_enabled,
-)
+from interop._leaf import describe, too_large, x64_enabled
 from interop._located import dump_spec, find, load_spec, locate
 from interop._log import is_heard, tell
 from interop._marshal import SINGLE_TENSOR, Kind, Marshaller, Spec, Tree, flatten

@@ -130,8 +130,7 @@ def _residual_forward(flat: JaxFlat, active: Mask, limit: float) -> FlatFn:
 
         cost, primals = _cost(program.jaxpr), pick(leaves, active)
         is_random = any(e.primitive.name in _RANDOM for e in _operations(program.jaxpr))
-        values = pick(tuple(zip(program.out_avals, jax_private.stopped(program.jaxpr), strict=True)), inexact)
-        scaled = _come_at_once(flat, program, values, primals, cost <= limit)
+        scaled = _come_at_once(flat, program, inexact, primals, cost <= limit)
         if scaled:
             some, pull, others = jax.vjp(inexact_part, *primals, has_aux=True)
         else:
@@ -266,23 +265,20 @@ _AT_ONCE, _WATCHED, _IN_VAIN = 3e3, 1e8, 1e9
 _FEW_BYTES = 2**20  # gradients may be kept, as long as they are few, or fewer than the residuals
 
 
-def _come_at_once(
-    flat: JaxFlat, program: Any, values: Sequence[tuple[Any, bool]], primals: Leaves, cheap: bool
-) -> bool:
+def _come_at_once(flat: JaxFlat, program: Any, inexact: Mask, primals: Leaves, cheap: bool) -> bool:
     """Whether the gradients are computed with the value: those of one number, the first of the outputs.
-
-    Of each output `values` has its aval, and whether it has no derivative anyway, as aux or new state has none.
 
     They are its pull-back of 1, and the pull-back of any cotangent is a multiple of them: not where a rule of the
     user's may be none, and not in 16 bits, where a loss is scaled because its gradients would underflow.
     """
-    if not values or values[0][0].shape:
+    values = pick(tuple(program.out_avals), inexact)
+    if not values or values[0].shape:
         return False
-    dtypes = {x.dtype for x in (values[0][0], *primals)}
+    dtypes = {x.dtype for x in (values[0], *primals)}
     if len(dtypes) > 1 or not dtypes <= _WIDE or not jax_private.is_linear_in_cotangents(program.jaxpr):
         return False
     are_few = sum(map(_bytes, primals)) <= max(_FEW_BYTES, _kept_bytes(program.jaxpr))
-    is_alone = all(has_none for _, has_none in values[1:])
+    is_alone = all(pick(jax_private.stopped(program.jaxpr), inexact)[1:])  # aux and new state have no derivative
     return flat.levels.at_once or (is_alone and cheap and are_few)
 
 
