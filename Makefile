@@ -12,9 +12,9 @@ demo: .venv/installed
 examples: .venv/installed
 	for script in examples/*.py examples/scaling_out/*.py; do echo $$script && $(BIN)/python $$script || exit; done
 
-# Two processes; a file stays in one of them, with what it has set up.
+# Two processes; a file stays in one of them, with what it has set up (tests/conftest.py).
 test: lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 # On a machine with a GPU, and builds of both frameworks for it: what is about GPUs, and the matrix with its values there.
 test-gpu: export INTEROP_DEVICE = cuda
@@ -25,8 +25,8 @@ test-gpu: .venv/installed
 
 # The same with the oldest versions that pyproject.toml allows, and with the newest under the newest Python at hand.
 test-oldest: .venv-oldest/installed .venv-newest/installed
-	.venv-oldest/bin/python -m pytest -p no:anyio --numprocesses 2 --dist loadfile
-	.venv-newest/bin/python -m pytest --numprocesses 2 --dist loadfile
+	.venv-oldest/bin/python -m pytest -p no:anyio --numprocesses 2 --dist loadgroup
+	.venv-newest/bin/python -m pytest --numprocesses 2 --dist loadgroup
 
 lint: .venv/installed
 	$(BIN)/ruff check .

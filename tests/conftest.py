@@ -36,6 +36,16 @@ def _compile_in_a_hurry() -> None:
 _compile_in_a_hurry()
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A file stays in one process; a test whose program has its own goes wherever there is room.
+
+    Those are the longest. They come last, and fill both processes to the end.
+    """
+    for item in items if config.pluginmanager.hasplugin("xdist") else ():
+        if "run_python" not in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
     """Every test starts from the same random state and leaves no compiled code behind."""
