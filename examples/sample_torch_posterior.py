@@ -12,12 +12,11 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import torch
 from numpyro.infer import MCMC, NUTS
-from torch.distributions import Binomial, Distribution, Normal
+from torch.distributions import Binomial, Normal
 
 from interop import as_jax, differentiable, jittable
 
 torch.set_num_threads(1)
-Distribution.set_default_validate_args(False)  # the checks look at values, which a program being traced has none of
 DOSES, DEATHS = torch.tensor([-0.86, -0.30, -0.05, 0.73]), torch.tensor([0.0, 1.0, 3.0, 5.0])
 PRIOR = Normal(torch.tensor([0.0, 10.0]), torch.tensor([2.0, 10.0]))
 WARMUP, SAMPLES = 300, 1000

@@ -5,8 +5,8 @@ from __future__ import annotations
 import collections
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from interop._derive import Flat, Static
 from interop._errors import AbstractEvalError, OutputMismatchError, UnsupportedError, named
 from interop._leaf import NUMPY_OF, TORCH_OF, WIDE_INTS, describe, narrow, traced_device
+from interop._notes import in_words
 from interop._private import torch as torch_private
 
 
@@ -28,6 +29,13 @@ class Aval(NamedTuple):
         return describe(self)
 
 
+class Check(NamedTuple):
+    """An answer that a function has to get when it looks at values, and what it raises for the other."""
+
+    answer: bool
+    error: str
+
+
 @dataclass(frozen=True)
 class Outputs:
     """What is known of a flat function's outputs before it runs.
@@ -37,12 +45,14 @@ class Outputs:
         structure: what `flat.fn` returns beside the leaves.
         random: whether it draws from torch's generator.
         effects: whether it does more than compute: print, call back.
+        checks: what it asks of values, in order, where it raises for any other answer.
     """
 
     avals: tuple[Aval, ...]
     structure: Static
     random: bool = False
     effects: bool = False
+    checks: tuple[Check, ...] = ()
 
 
 def aval_of(leaf: Any) -> Aval:
@@ -63,27 +73,91 @@ def infer_jax(flat: Flat, avals: Sequence[Aval], *, x64: bool) -> Outputs:
 def infer_torch(flat: Flat, avals: Sequence[Aval]) -> Outputs:
     """The outputs of a torch function, by running it on fake tensors.
 
-    Real tensors that the function closes over (weights, buffers) are allowed. What can't run without values raises
+    Real tensors that the function closes over (weights, buffers) are allowed. Where it asks whether something is true
+    of values (`if`, `assert`, the checks of `torch.distributions`), it is run once for either answer, and again for
+    what it asks then: all that do not raise have to agree. What else can't run without values raises
     `AbstractEvalError`, naming `example_output`.
     """
     if any(not isinstance(size, int) for aval in avals for size in aval.shape):
         raise UnsupportedError(
             f"torch runs on shapes that are known: {_list(avals)}", hint="Trace it with numbers in the place of symbols"
         )
-    watch = torch_private.TraceWatch()
-    try:
+    found: dict[Answers, Outputs] = {}
+    raised: dict[Answers, str] = {}
+    waiting: list[Answers] = [()]
+    while waiting:
+        answers = waiting.pop()
+        path = _Path(answers, room=_MAX_PATHS - len(found) - len(raised) - len(waiting))
+        try:
+            outputs = path.follow(flat, avals)
+        except Exception as error:
+            if torch_private.needs_values(error):
+                raise AbstractEvalError(
+                    f"the output shapes can't be inferred ({named(error)})",
+                    hint="Declare them: @jittable(example_output=...)",
+                ) from error
+            if not (found or waiting or path.others):  # it always raises
+                raise
+            raised[tuple(path.answers)] = in_words(error)
+        else:
+            found[tuple(path.answers)] = outputs
+        waiting += path.others
+    return _agreed(found, raised)
+
+
+Answers: TypeAlias = "tuple[bool, ...]"
+_MAX_PATHS = 64
+
+
+class _Path:
+    """One way through a function that asks for values: by these answers, and by True to what it asks after them."""
+
+    def __init__(self, answers: Answers, *, room: int) -> None:
+        self.given = answers
+        self.room = room
+        self.answers: list[bool] = []
+        self.others: list[Answers] = []  # that are left to be followed
+
+    def follow(self, flat: Flat, avals: Sequence[Aval]) -> Outputs:
+        """The outputs on this way."""
+        watch = torch_private.TraceWatch(self.decide)
         # In anomaly mode a derivative would look at values.
         with torch_private.fake_mode(), watch, torch.autograd.set_detect_anomaly(mode=False):
             fakes = [torch.empty(aval.shape, dtype=TORCH_OF[aval.dtype], device=traced_device()) for aval in avals]
             outs, structure = flat.fn(*fakes)
             found = tuple(Aval(tuple(out.shape), NUMPY_OF[out.dtype]) for out in outs)
-    except Exception as error:
-        if not torch_private.needs_values(error):
-            raise
-        raise AbstractEvalError(
-            f"the output shapes can't be inferred ({named(error)})", hint="Declare them: @jittable(example_output=...)"
-        ) from error
-    return Outputs(found, structure, watch.draws)
+        return Outputs(found, structure, watch.draws)
+
+    def decide(self, condition: torch.Tensor) -> bool | None:
+        """The next answer; None where there were too many."""
+        del condition
+        index = len(self.answers)
+        if index >= len(self.given):
+            if len(self.others) >= self.room:
+                return None
+            self.others.append((*self.answers, False))
+        self.answers.append(index >= len(self.given) or self.given[index])
+        return self.answers[-1]
+
+
+def _agreed(found: dict[Answers, Outputs], raised: dict[Answers, str]) -> Outputs:
+    """What all ways through a function agree on; of a single one, what it checks."""
+    first, *others = found.values()
+    for other in others:
+        if (other.avals, other.structure) != (first.avals, first.structure):
+            raise AbstractEvalError(
+                "the result depends on values",
+                got=f"{_list(first.avals)} or {_list(other.avals)}",
+                hint="Return the same on every branch, or declare it: @jittable(example_output=...)",
+            )
+    if others:
+        return replace(first, random=any(outputs.random for outputs in found.values()))
+    (answers,) = found
+    checks: list[Check] = []
+    for index, answer in enumerate(answers):
+        way = (*answers[:index], not answer)
+        checks.append(Check(answer, next(error for path, error in raised.items() if path[: index + 1] == way)))
+    return replace(first, checks=tuple(checks))
 
 
 def kept_words(

@@ -179,8 +179,10 @@ def jittable(*, example_output: Any) -> _Keep: ...
 def jittable(fn: Any = None, /, *, example_output: Any = None) -> Any:
     """The crossing may be traced: by `torch.compile` and its kin, or by `jax.jit` and its kin.
 
-    Output shapes are inferred. For a function whose shapes can't be (a torch function in which they depend on values,
-    or a JAX function with `jit=False`), `example_output` says them; a result that disagrees raises.
+    Output shapes are inferred. A torch function that branches on values is followed on every branch, up to 64 ways, and
+    all that do not raise have to agree. For a function whose shapes can't be inferred (a torch function in which they
+    depend on values, or that computes with `.item()`; a JAX function with `jit=False`), `example_output` says them; a
+    result that disagrees raises.
 
     In torch: `torch.compile` with any backend, fullgraph, `make_fx`, fake and meta tensors. Sizes that torch keeps open
     stay open where JAX can infer the shapes from them; else they are fixed, and guarded by torch. A graph keeps the
@@ -190,8 +192,8 @@ def jittable(fn: Any = None, /, *, example_output: Any = None) -> Any:
 
     In JAX: `jit`, loops, branches, `checkpoint`, `shard_map`, `pmap`. A call runs the function again at each execution,
     in the modes of torch that it was traced in. A gradient does not: forward and backward are captured as graphs when
-    they are traced, with the residuals between them; where a function can't be captured (it looks at values, or calls
-    numpy), its gradient runs it again, which the logger `interop` says at debug level. `jax.export` is refused.
+    they are traced, with the residuals between them; where a function can't be captured (it branches on values, or
+    calls numpy), its gradient runs it again, which the logger `interop` says at debug level. `jax.export` is refused.
 
     Args:
         fn: a crossing, or a function that a later `as_torch` or `as_jax` will cross.

@@ -1,8 +1,15 @@
-"""What is added to an error of either framework where there is a way out of it here, as a note below its own text."""
+"""An error of a function's own in words, and what is added to it where there is a way out of it here."""
 
 from __future__ import annotations
 
+import inspect
+import traceback
 from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+_LIBRARIES = tuple(str(Path(file).parent) for file in (__file__, inspect.getfile(torch)))
 
 _VALUES = (
     "{name}: as_torch traces a function, as jax.jit does. One that needs values has them under as_torch(jit=False), "
@@ -12,6 +19,17 @@ _OF_TORCH = "{name}: as_torch takes a function of JAX's arrays; of one of torch'
 _OF_JAX = "{name}: as_jax takes a function of torch's tensors; of one of JAX's arrays, as_torch makes one of torch"
 _NEITHER = "{name}: it is called as it is, since neither as_torch nor as_jax is stacked on it"
 _LONG = "{name}: an int32 of JAX is an int32 in torch. Call .long() on it there, or pass int64 (jax_enable_x64)"
+
+
+def in_words(error: BaseException) -> str:
+    """Its type, its message, and the lines of the user's that raised it."""
+    try:
+        message = str(error)
+    except Exception:  # noqa: BLE001 - the user's own `__str__`
+        message = "(it has no message: its __str__ raises)"
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_LIBRARIES)]
+    lines = "".join(f"\n  {f.filename}:{f.lineno} in {f.name}: {f.line}" for f in frames)
+    return f"{type(error).__name__}: {message}{lines}"
 
 
 def _is_of_jax(error: BaseException) -> bool:

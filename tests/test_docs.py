@@ -188,7 +188,7 @@ SHOWN_IN_JAX = [
     ("donation", "test_in_jax.py::test_a_donated_argument_is_given_away_and_no_other_changes"),
     ("`jax.debug_nans`", "test_in_jax.py::test_a_nan_made_in_torch_is_reported"),
     ("gradients that never run the Python forward again", "test_in_jax.py::test_a_gradient_does_not_enter_the_forward_again"),
-    ("functions that look at values, `.numpy()`, old-style autograd functions, with `example_output`", "test_in_jax.py::test_a_function_that_can_not_be_captured"),
+    ("functions that branch on values and check them; with `example_output` `.item()`, `.numpy()` and old-style autograd functions too", "test_in_jax.py::test_a_function_that_can_not_be_captured"),
     ("`jax.shard_map` and `pmap`, as pure JAX has them", "test_devices.py::test_shard_map"),
     ("two processes of `jax.distributed`", "test_devices.py::test_two_processes"),
     ("one key, one mask: eagerly, compiled, in loops, in batches, in the backward", "test_state.py::test_one_key_is_one_draw_however_it_is_asked"),

@@ -867,8 +867,8 @@ class Autoencoder(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mean, log_scale = self.encoder(x).chunk(2, -1)
-        posterior = torch.distributions.Normal(mean, log_scale.exp(), validate_args=False)
-        prior = torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean), validate_args=False)
+        posterior = torch.distributions.Normal(mean, log_scale.exp())
+        prior = torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean))
         return self.decoder(posterior.rsample()), torch.distributions.kl_divergence(posterior, prior).sum(-1)
 
 

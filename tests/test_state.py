@@ -217,7 +217,7 @@ DRAWS: dict[str, Fn] = {
     "poisson": lambda x: torch.poisson(x * 30),
     "rrelu": lambda x: torch.nn.functional.rrelu(x - 2, training=True),
     "gumbel_softmax": lambda x: torch.nn.functional.gumbel_softmax(x),
-    "distribution": lambda x: torch.distributions.Normal(x, 1.0, validate_args=False).rsample(),
+    "distribution": lambda x: torch.distributions.Normal(x, 1.0).rsample(),
     "attention": lambda x: torch.nn.functional.scaled_dot_product_attention(*[x.reshape(1, 8, 8)] * 3, dropout_p=0.5),
 }
 

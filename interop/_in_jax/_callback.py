@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from interop import _errors as errors
 from interop._abstract import Aval, check_promise, check_structure, narrowed
 from interop._derive import FlatFn, Static
 from interop._errors import InteropError
@@ -19,7 +16,7 @@ from interop._in_jax._flat import TorchFlat
 from interop._in_jax._random import Watched, refused
 from interop._in_jax._surroundings import TorchState, flushes
 from interop._leaf import SMALL
-from interop._notes import note_of
+from interop._notes import in_words, note_of
 from interop._private import torch as torch_private
 from interop._side import Leaf, Leaves
 from interop._streams import on_stream
@@ -28,7 +25,6 @@ from interop._threads import TAKING_TURNS, THREAD, inside_a_gpu_program
 from_numpy, from_capsule = torch.from_numpy, torch_private.from_capsule
 set_flush_denormal = torch.set_flush_denormal
 _below_autograd: Any = torch_private.below_autograd or torch.no_grad
-_LIBRARIES = tuple(str(Path(str(module.__file__)).parent) for module in (errors, torch))
 
 
 def callback(flat: TorchFlat, avals: Sequence[Aval], structure: Static, *, trusted: bool) -> Callable[..., None]:
@@ -169,19 +165,10 @@ def _said(error: BaseException, flat: TorchFlat) -> str:
     """An error in words: the crossing, the type, the message, and the line of the user's that raised it."""
     if isinstance(error, InteropError):
         return f"{type(error).__name__}: {flat.locate(error)}"
-    try:
-        message = str(error)
-    except Exception:  # noqa: BLE001 - the user's own `__str__`
-        message = "(it has no message: its __str__ raises)"
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_ours(f.filename)]
-    lines = "".join(f"\n  {f.filename}:{f.lineno} in {f.name}: {f.line}" for f in frames)
     name = flat.name.partition(".")[0]
     note = note_of(error, "JAX", name)
-    return f"{name}: {type(error).__name__}: {message}{lines}" + (f"\n{note}" if note else "")
-
-
-def _is_ours(file: str) -> bool:
-    return file.startswith(_LIBRARIES)
+    words = str(error) if isinstance(error, torch_private.Unmet) else in_words(error)
+    return f"{name}: {words}" + (f"\n{note}" if note else "")
 
 
 def export_buffer(buffer: Any) -> torch.Tensor:

@@ -20,7 +20,7 @@ import torch
 import torch.fx
 import torch.utils._pytree as torch_pytree
 
-from interop._abstract import Aval, kept_words
+from interop._abstract import Aval, Check, kept_words
 from interop._derive import NOTHING, Levels, Mask, Static
 from interop._errors import InteropError, named
 from interop._in_jax._flat import TorchFlat
@@ -142,8 +142,10 @@ def _is_of_the_user(error: BaseException) -> bool:
 def _capture(flat: TorchFlat, avals: tuple[Aval, ...], active: Mask) -> Capture:
     if flat.key is not None and len(avals[flat.key].shape) > 1:
         raise TypeError("each example of a batch is seeded from a key of its own")
-    outputs = flat.outputs(avals).avals
+    known = flat.outputs(avals)
+    outputs = known.avals
     inexact = [aval for aval in outputs if aval.dtype.kind in "fcV"]
+    checks = list(known.checks)
     graph = torch_private.trace(
         _joint(flat, active),
         [
@@ -151,8 +153,18 @@ def _capture(flat: TorchFlat, avals: tuple[Aval, ...], active: Mask) -> Capture:
             for a, r in zip(avals, active, strict=True)
         ],
         [torch.empty(a.shape, dtype=TORCH_OF[a.dtype], device=traced_device()) for a in inexact],
+        decide=functools.partial(_checked, checks),
     )
     return _Cut(graph, flat, avals, active, outputs).capture()
+
+
+def _checked(checks: list[Check], condition: torch.Tensor) -> bool | None:
+    """What the function has to find, and the graph checks in its place; None where it may find this or that."""
+    if not checks:
+        return None
+    answer, error = checks.pop(0)
+    _ATEN._assert_async.msg(condition if answer else ~condition, error)
+    return answer
 
 
 def _joint(flat: TorchFlat, active: Mask) -> Callable[..., tuple[Any, Any]]:
@@ -271,6 +283,9 @@ class _Cut:
         """The two graphs, and what lies between them."""
         read = [n for node in self.backward_nodes for n in node.all_input_nodes if n not in self.backward_nodes]
         read += [g for g in self.grads if isinstance(g, torch.fx.Node) and g not in self.backward_nodes]
+        if not any(node in self.forward_nodes and node not in self.primals for node in read):
+            # JAX drops a forward of which nothing is read, with all that it checks.
+            read += [node.args[0] for node in self.acts if torch_private.checks(node)][:1]
         order = {node: i for i, node in enumerate(self.module.graph.nodes)}
         between = sorted({n for n in read if n.op != "get_attr" and n not in self.cotangents}, key=order.__getitem__)
         new = [n for n in between if n not in self.primals and n not in self.outs]

@@ -103,6 +103,8 @@ _INSTEAD: dict[Any, Callable[..., Any]] = {
     _ATEN.view.default: torch.reshape,  # XLA hands residuals over densely packed
     _ATEN._unsafe_view.default: torch.reshape,
     _ATEN.bernoulli.p: _bernoulli_like,  # it draws in another order than a dropout, where the axes are permuted
+    _ATEN._assert_async.default: torch_private.check,  # torch's own has no batches, and is the end of a GPU's context
+    _ATEN._assert_async.msg: torch_private.check,
     operator.getitem: operator.getitem,
 }
 

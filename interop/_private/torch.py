@@ -127,15 +127,21 @@ _without_modes: Any = contextlib.nullcontext if PUBLIC_ONLY else _python_dispatc
 class TraceWatch(TorchDispatchMode):
     """Sees whether any operation under it draws from torch's generator, and undoes what a trace writes to real tensors.
 
-    A fake mode runs what has no fake tensor among its arguments.
+    A fake mode runs what has no fake tensor among its arguments. Whether a tensor without a value is true, `decide`
+    says, or None if it does not know.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, decide: Callable[[torch.Tensor], bool | None] | None = None) -> None:
         super().__init__()
         self.draws = False
+        self.decide = decide
         self.written: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.decide and func is torch.ops.aten._local_scalar_dense.default and _is_unknown(args[0]):
+            answer = self.decide(args[0])
+            if answer is not None:
+                return answer
         if draws(func, args, kwargs or {}):
             self.draws = True
         if func._schema.is_mutable:
@@ -150,6 +156,12 @@ class TraceWatch(TorchDispatchMode):
         with _without_modes():
             for t, value in self.written.values():
                 t.data.copy_(value)
+
+
+def _is_unknown(condition: torch.Tensor) -> bool:
+    """Whether it is a condition without a value."""
+    is_fake = isinstance(condition, FakeTensor) and condition.constant is None
+    return is_fake and condition.dtype is torch.bool
 
 
 def draws(func: Any, args: Any, kwargs: Any) -> bool:
@@ -481,11 +493,16 @@ def teach_functionalize(function: type[torch.autograd.Function]) -> None:
 # --- capture ----------------------------------------------------------------------------------------------------------
 
 
-def trace(fn: Callable[..., Any], *args: Any) -> torch.fx.GraphModule:
-    """The operations of a function on fake tensors, free of writes but to what it closes over, by reference."""
+def trace(
+    fn: Callable[..., Any], *args: Any, decide: Callable[[torch.Tensor], bool | None] | None = None
+) -> torch.fx.GraphModule:
+    """The operations of a function on fake tensors, free of writes but to what it closes over, by reference.
+
+    What it asks of values, `decide` says; it may write down a check of that.
+    """
     from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415 - costs a second; only a capture pays
 
-    module = make_fx(_watched(fn), tracing_mode="fake", _allow_non_fake_inputs=True)(*args)
+    module = make_fx(_watched(fn, decide), tracing_mode="fake", _allow_non_fake_inputs=True)(*args)
     if any(map(writes, module.graph.nodes)):
         again = torch.func.functionalize(_watched(module))
         with torch.no_grad():  # the gradients are in the graph already
@@ -493,9 +510,9 @@ def trace(fn: Callable[..., Any], *args: Any) -> torch.fx.GraphModule:
     return module
 
 
-def _watched(fn: Callable[..., Any]) -> Callable[..., Any]:
+def _watched(fn: Callable[..., Any], decide: Callable[[torch.Tensor], bool | None] | None = None) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
-        with TraceWatch():
+        with TraceWatch(decide):
             return fn(*args)
 
     return run
@@ -513,6 +530,24 @@ def acts(node: Any) -> bool:
     if not schema or node.target is torch.ops.aten._assert_tensor_metadata.default:  # a guard of the trace
         return False
     return bool(schema.is_mutable or not schema.returns)
+
+
+def checks(node: Any) -> bool:
+    """Whether an operation of a graph does nothing but raise where a condition is not met."""
+    schema: Any = getattr(node.target, "_schema", None)
+    return acts(node) and not schema.is_mutable
+
+
+class Unmet(RuntimeError):
+    """A check of a captured graph has failed; its text says what the function would have raised."""
+
+
+def check(condition: torch.Tensor, error: str = "Expected a condition that holds") -> None:
+    """Raise unless a condition holds: in a batch, of every example. On a GPU the host waits for it."""
+    while _functorch and _functorch.is_functorch_wrapped_tensor(condition):
+        condition = _functorch.get_unwrapped(condition)
+    if not condition.all():
+        raise Unmet(error)
 
 
 def is_view(node: Any) -> bool:
