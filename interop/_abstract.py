@@ -17,6 +17,7 @@ from interop._errors import AbstractEvalError, OutputMismatchError, UnsupportedE
 from interop._leaf import NUMPY_OF, TORCH_OF, WIDE_INTS, describe, narrow, traced_device
 from interop._notes import in_words
 from interop._private import torch as torch_private
+from interop._shapes import SHAPES
 
 
 class Aval(NamedTuple):
@@ -120,7 +121,7 @@ class _Path:
 
     def follow(self, flat: Flat, avals: Sequence[Aval]) -> Outputs:
         """The outputs on this way."""
-        watch = torch_private.TraceWatch(self.decide)
+        watch = torch_private.TraceWatch(self.decide, SHAPES)
         # In anomaly mode a derivative would look at values.
         with torch_private.fake_mode(), watch, torch.autograd.set_detect_anomaly(mode=False):
             fakes = [torch.empty(aval.shape, dtype=TORCH_OF[aval.dtype], device=traced_device()) for aval in avals]

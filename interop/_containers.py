@@ -113,8 +113,12 @@ def _named(t: Any) -> Container:
 
 def _open_struct(x: Any) -> Opened:
     """A result of torch with named fields (`torch.return_types`)."""
-    t = type(x)
-    return Container(t, None, _names_of(range(len(x))), t), tuple(x)
+    return _struct(type(x)), tuple(x)
+
+
+@_once()
+def _struct(t: Any) -> Container:
+    return Container(t, None, tuple(f".{n}" for n in t.__match_args__), t)
 
 
 def _open_registered(x: Any) -> Opened:
@@ -203,7 +207,10 @@ def opener_for(x: Any) -> Callable[[Any], Opened] | None:
         return OPENERS[t]
     if isinstance(x, tuple) and hasattr(t, "_fields"):
         return _open_named
-    if isinstance(x, tuple) and hasattr(t, "n_sequence_fields"):
+    if isinstance(x, tuple) and t.__module__ == "torch.return_types":
+        if jax.tree_util.all_leaves([x]):
+            _register(t, _open_struct)
+        OPENERS[t] = _open_struct
         return _open_struct
     if jax.tree_util.all_leaves([x]) is False:
         return _open_registered

@@ -185,6 +185,32 @@ def test_shapes_that_depend_on_values_are_refused_with_the_way_out(fn: Fn, same:
         close(jax.lax.map(told, array(x)[None])[0], fn(x))
 
 
+lengths = torch.tensor([5, 4]), torch.tensor([2, 3])
+UNSAID: dict[str, Fn] = {
+    "lstsq": lambda a: torch.linalg.lstsq(a, a[:, :1] ** 2).solution,
+    "lstsq of a vector": lambda a: torch.linalg.lstsq(a, a[:, 0] ** 2)[0],
+    "lstsq of full rank": lambda a: torch.linalg.lstsq(a, a**2, driver="gels").residuals,
+    "lstsq with singular values": lambda a: torch.linalg.lstsq(a[:3] + a[2:], a[:3], driver="gelsd").singular_values,
+    "lstsq of a batch": lambda a: torch.linalg.lstsq(torch.stack([a, 2 * a]), torch.stack([a, a**2])).solution,
+    "ctc_loss": lambda a: torch.nn.functional.ctc_loss(
+        torch.stack([a, 2 * a], 1).log_softmax(-1), torch.tensor([[1, 2, 0], [2, 1, 2]]), *lengths, reduction="none"
+    ),
+}
+
+
+@pytest.mark.parametrize("fn", UNSAID.values(), ids=UNSAID)
+def test_shapes_that_torch_does_not_say_without_values(fn: Fn) -> None:
+    """They do not depend on them."""
+    a = torch.randn(5, 3, requires_grad=True)
+    expected, f = fn(a), levels(fn)
+    struct = jax.eval_shape(f, array(a))
+    assert (struct.shape, struct.dtype) == (tuple(expected.shape), np.float32)
+    close(jax.jit(f)(array(a)), expected.detach())
+    if expected.requires_grad:
+        gradient = jax.jit(jax.grad(lambda a: f(a).sum()))(array(a))
+        np.testing.assert_allclose(gradient, torch.autograd.grad(expected.sum(), a)[0], rtol=1e-3, atol=1e-4)
+
+
 x4 = jnp.arange(4.0)
 OTHER: dict[str, tuple[Fn, str]] = {
     "broadcastable": (lambda x: x[:1], "f32[1]"),

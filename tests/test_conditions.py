@@ -54,6 +54,7 @@ BRANCHES: dict[str, Fn] = {
     "steps": scaled_down,
     "count": lambda x: x * sum(1 for v in x if v > 0),
     "any": lambda x: x.clamp(-1) if torch.any(x < -1) else x * 3,
+    "equal": lambda x: x.sin() if torch.equal(x, x.abs()) else x.exp(),
     "not": lambda x: x.sin() if not (x > 0).all() else x,
 }
 EXAMPLES = torch.tensor([[0.5, 1.0, 1.5], [-0.5, -1.0, -1.7], [3.0, -2.0, 0.1]])
@@ -154,6 +155,10 @@ def positive(x: torch.Tensor) -> torch.Tensor:
     return x.log()
 
 
+def _refuse(text: str) -> Any:
+    raise ValueError(text)
+
+
 def spread(x: torch.Tensor) -> torch.Tensor:
     """A matrix that is positive definite."""
     return torch.eye(3) + x[:, None] * x
@@ -161,6 +166,7 @@ def spread(x: torch.Tensor) -> torch.Tensor:
 
 CHECKED: dict[str, Fn] = {
     "raise": positive,
+    "equal": lambda x: x.log() if torch.equal(x, x.abs()) else _refuse("it must be positive"),
     "normal": lambda x: Normal(x, x).log_prob(x * 2),
     "categorical": lambda x: Categorical(x / x.sum()).entropy(),
     "dirichlet": lambda x: Dirichlet(x).log_prob(x / x.sum()),

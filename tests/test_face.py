@@ -127,6 +127,7 @@ ORDER = [
     "_registered",
     "_located",
     "_derive",
+    "_shapes",
     "_abstract",
     "_in_torch | _in_jax",
     "_module_in_jax | _models",

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from transformers import BatchEncoding
 from transformers.modeling_outputs import BaseModelOutput
 
-from interop import ContainerError, as_torch
+from interop import ContainerError, PrecisionError, as_jax, as_torch, differentiable, jittable
 from interop._marshal import Kind, Marshaller, flatten
 
 t, a = torch.ones(2, 3), jnp.ones(2)
@@ -243,6 +243,21 @@ def test_static_argnames() -> None:
     assert spec.unflatten(leaves) == ((t, 3), {"scale": 2.0})
     with pytest.raises(ContainerError, match="w: "):
         marshaller.flatten_call((t, [1]), {})
+
+
+def test_a_result_with_names_leaves_a_compiled_program() -> None:
+    """As itself, and with its names in JAX's paths."""
+    f = differentiable(jittable(as_jax(lambda x: torch.sort(x))))
+    x = jnp.array([2.0, 1.0, 3.0])
+    for call in (f, jax.jit(f), lambda x: jax.lax.map(f, x[None]), jax.jit(lambda x: jax.vmap(f)(x[None]))):
+        found = call(x)
+        assert type(found) is torch.return_types.sort
+        assert found.values.ravel().tolist() == [1, 2, 3]
+        assert found.indices.ravel().tolist() == [1, 0, 2]
+    assert [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(found)] == [".values", ".indices"]
+    assert jax.jit(jax.grad(lambda x: (f(x).values * jnp.arange(3)).sum()))(x).tolist() == [1, 0, 2]
+    with pytest.raises(PrecisionError, match=r"result\.values: a float64 result"):
+        as_jax(lambda x: torch.sort(x.double()))(x)
 
 
 def test_a_model_output_leaves_as_itself() -> None:

@@ -7,7 +7,7 @@ import functools
 import importlib
 import operator
 import types
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -128,20 +128,28 @@ class TraceWatch(TorchDispatchMode):
     """Sees whether any operation under it draws from torch's generator, and undoes what a trace writes to real tensors.
 
     A fake mode runs what has no fake tensor among its arguments. Whether a tensor without a value is true, `decide`
-    says, or None if it does not know.
+    says, or None if it does not know; `shapes` has operations of which torch does not say what they return.
     """
 
-    def __init__(self, decide: Callable[[torch.Tensor], bool | None] | None = None) -> None:
+    def __init__(
+        self,
+        decide: Callable[[torch.Tensor], bool | None] | None = None,
+        shapes: Mapping[Any, Callable[..., Any]] = types.MappingProxyType({}),
+    ) -> None:
         super().__init__()
         self.draws = False
         self.decide = decide
+        self.shapes = shapes
         self.written: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.decide and func is torch.ops.aten._local_scalar_dense.default and _is_unknown(args[0]):
-            answer = self.decide(args[0])
-            if answer is not None:
-                return answer
+        result = self.shapes[func](*args, **(kwargs or {})) if func in self.shapes else NotImplemented
+        if result is not NotImplemented:
+            return result
+        condition = _condition(func, args) if self.decide else None
+        answer = self.decide(condition) if self.decide and condition is not None else None
+        if answer is not None:
+            return answer
         if draws(func, args, kwargs or {}):
             self.draws = True
         if func._schema.is_mutable:
@@ -158,10 +166,15 @@ class TraceWatch(TorchDispatchMode):
                 t.data.copy_(value)
 
 
-def _is_unknown(condition: torch.Tensor) -> bool:
-    """Whether it is a condition without a value."""
-    is_fake = isinstance(condition, FakeTensor) and condition.constant is None
-    return is_fake and condition.dtype is torch.bool
+def _condition(func: Any, args: Any) -> torch.Tensor | None:
+    """The condition without a value that an operation makes a Python bool of; None if it makes none."""
+    if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype is torch.bool:
+        (condition,) = args
+    elif func is torch.ops.aten.equal.default and args[0].shape == args[1].shape:
+        condition = (args[0] == args[1]).all()
+    else:
+        return None
+    return condition if isinstance(condition, FakeTensor) and condition.constant is None else None
 
 
 def draws(func: Any, args: Any, kwargs: Any) -> bool:
