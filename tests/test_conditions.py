@@ -28,6 +28,12 @@ def is_fake(t: torch.Tensor) -> bool:
     return isinstance(t, torch._subclasses.FakeTensor)
 
 
+@pytest.fixture(autouse=True)
+def _validated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first use of `torch.compile` turns these checks off in the whole process."""
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)
+
+
 # --- branches ---------------------------------------------------------------------------------------------------------
 
 
