@@ -82,6 +82,7 @@ define install
 	$(1) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --constraint $(2) torch==2.13.0
 	$(@D)/bin/python -m pip install --quiet --constraint $(2) --editable '.[dev]'
+	$(@D)/bin/python -m compileall -q interop
 	touch $@
 endef
 

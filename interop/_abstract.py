@@ -190,25 +190,28 @@ def narrowed(results: Sequence[Any], promised: Sequence[Aval]) -> tuple[Any, ...
     )
 
 
-def check_promise(results: Sequence[Any], promised: Sequence[Aval], name: str) -> None:
-    """Raise `OutputMismatchError` unless every result has the shape and dtype that was promised for it."""
+def check_promise(results: Sequence[Any], promised: Sequence[Aval], name: str, *, inferred: bool = False) -> None:
+    """Raise `OutputMismatchError` unless every result has the shape and dtype that was promised or inferred for it."""
     got, expected = [aval_of(r) for r in results], list(promised)
     if got != expected:
-        raise OutputMismatchError(
-            "the result disagrees with what was promised for it",
-            got=_list(got),
-            expected=_list(expected),
-            hint="Correct example_output, or return what it says",
-        ).of(name)
+        said, hint = _WHO_SAID[inferred]
+        error = OutputMismatchError(
+            f"the result disagrees with what was {said} for it", got=_list(got), expected=_list(expected), hint=hint
+        )
+        raise error.of(name)
 
 
-def check_structure(got: Static, promised: Static, name: str) -> None:
-    """Raise `OutputMismatchError` unless the result is the pytree that was promised."""
+def check_structure(got: Static, promised: Static, name: str, *, inferred: bool = False) -> None:
+    """Raise `OutputMismatchError` unless the result is the pytree that was promised, or inferred."""
     if not promised.value.matches(got.value):
-        raise OutputMismatchError(
-            "the result is another pytree than was promised for it",
-            hint="Correct example_output, or return what it says",
-        ).of(name)
+        said, hint = _WHO_SAID[inferred]
+        raise OutputMismatchError(f"the result is another pytree than was {said} for it", hint=hint).of(name)
+
+
+_WHO_SAID = {
+    False: ("promised", "Correct example_output, or return what it says"),
+    True: ("inferred", "Return the same at each call, or say what it returns: @jittable(example_output=...)"),
+}
 
 
 def _list(avals: Sequence[Aval]) -> str:

@@ -69,7 +69,7 @@ def torch_to_jax(x: Any, /, *, copy: bool = False) -> Any:
 def jax_to_torch(x: Any, /, *, copy: bool = False) -> Any:
     """The value in torch, for the user to keep.
 
-    An array becomes a tensor, a pytree is converted leaf by leaf, a `jax.Device` or numpy dtype becomes torch's, a JAX
+    An array becomes a tensor, a pytree is converted leaf by leaf, a `jax.Device` or dtype becomes torch's, a JAX
     function a torch function with every level on, a pytree that can be called (a model of equinox or nnx)
     `WrappedJaxFunction` of it. Anything else comes back as itself.
 
@@ -81,8 +81,8 @@ def jax_to_torch(x: Any, /, *, copy: bool = False) -> Any:
     """
     if isinstance(x, jax.Device):
         return torch_device(x)
-    if isinstance(x, np.dtype):
-        return torch_dtype(x)
+    if isinstance(x, np.dtype) or (isinstance(x, type) and isinstance(getattr(x, "dtype", None), np.dtype)):
+        return torch_dtype(x)  # jnp.float32 is a class that has one
     if isinstance(x, torch.nn.Module):
         return x
     if _is_function(x):

@@ -170,6 +170,9 @@ class _Training(threading.local):
     def tensors(self) -> list[torch.Tensor]:
         return []  # every call has its own
 
+    def put_back(self) -> Any:
+        return contextlib.nullcontext()
+
     def by_part(self) -> dict[int, bool]:
         """The same by the identity of the part, in a compiled program; empty where the module itself says it."""
         return dict(zip(map(id, self.module.modules()), self.traced, strict=True)) if self.traced else {}
@@ -197,6 +200,18 @@ class ClosedOver:
         return [
             t for x in self._read() for t in ((x,) if isinstance(x, torch.Tensor) else (*x.parameters(), *x.buffers()))
         ]
+
+    @contextlib.contextmanager
+    def put_back(self) -> Generator[None]:
+        parts = [part for x in self._read() if isinstance(x, torch.nn.Module) for part in x.modules()]
+        tables = [vars(part)[name] for part in parts for name in ("_parameters", "_buffers")]
+        before = list(map(dict, tables))
+        try:
+            yield
+        finally:
+            for table, known in zip(tables, before, strict=True):
+                for name in [name for name, t in table.items() if t is not None and torch_private.is_traced(t)]:
+                    table[name] = known.get(name)
 
     def _read(self) -> list[torch.Tensor | torch.nn.Module]:
         """The tensors and modules that it reads, and is not given."""

@@ -20,6 +20,10 @@ _OF_JAX = "{name}: as_jax takes a function of torch's tensors; of one of JAX's a
 _NEITHER = "{name}: it is called as it is, since neither as_torch nor as_jax is stacked on it"
 _LONG = "{name}: an int32 of JAX is an int32 in torch. Call .long() on it there, or pass int64 (jax_enable_x64)"
 
+_BUFFERS = (
+    "{name}: of buffers there is no gradient. Differentiate in the parameters alone, and give the others beside them"
+)
+
 
 def in_words(error: BaseException) -> str:
     """Its type, its message, and the lines of the user's that raised it."""
@@ -44,7 +48,8 @@ _NOTES: dict[str, list[tuple[Callable[[BaseException, str], bool], str]]] = {
     ],
     "JAX": [
         (lambda error, text: isinstance(error, TypeError) and "torch.Tensor" in text, _OF_JAX),
-        (lambda _, text: any(words in text for words in ("dtype to be Long", "LongTensor", "type Long")), _LONG),
+        (lambda _, text: any(words in text for words in ("dtype to be Long", "LongTensor", "scalar type Long")), _LONG),
+        (lambda _, text: "not differentiable with respect to argument" in text, _BUFFERS),
     ],
     "": [(lambda error, text: isinstance(error, TypeError) and ("Tensor" in text or "Array" in text), _NEITHER)],
 }

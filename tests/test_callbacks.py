@@ -258,8 +258,42 @@ def test_a_result_that_is_not_what_was_said_names_both(fn: Fn, got: str, run: Ca
 def test_a_function_that_changes_its_mind(other: Fn) -> None:
     """What it returned while it was traced is not what it returns now."""
     f = levels(lambda x: (x, x) if is_fake(x) else other(x))
-    with pytest.raises(Exception, match=r"OutputMismatchError.*<lambda>"):
+    with pytest.raises(
+        Exception, match=r"OutputMismatchError: <lambda>: the result .*was inferred for it.* say what it"
+    ):
         jax.block_until_ready(jax.jit(f)(x4))
+
+
+def test_a_module_that_is_made_inside_can_be_moved(run_python: Callable[..., str]) -> None:
+    """The first time in a process too."""
+    program = """
+        import jax, jax.numpy as jnp, torch
+        from interop import torch_to_jax
+
+        def f(x):
+            return torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3)).to(x).half().to(x.device)(x.half())
+
+        print(jax.jit(torch_to_jax(f))(jnp.ones((4, 2))).dtype)
+    """
+    assert run_python(program).split() == ["float16"]
+
+
+def test_what_a_trace_assigns_to_a_module_is_taken_back() -> None:
+    """It has no values. What a run assigns stays."""
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    weight, mean = module[0].weight, module[1].running_mean
+
+    def assigned(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        module.load_state_dict(module.state_dict() | {"0.weight": w, "1.running_mean": w[0]}, assign=True)
+        return module.eval()(x).sum()
+
+    f, w, x = levels(assigned), jnp.eye(2), jnp.ones((3, 2))
+    jax.eval_shape(f, w, x)
+    jax.jit(jax.grad(f, 1)).lower(w, x)
+    assert module[0].weight is weight
+    assert module[1].running_mean is mean
+    jax.block_until_ready(jax.jit(f)(w, x))
+    assert torch.equal(module[0].weight, torch.eye(2))
 
 
 NOTHING_IN: dict[str, tuple[Fn, tuple[int, ...]]] = {

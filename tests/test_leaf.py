@@ -542,7 +542,7 @@ def test_devices() -> None:
 
 def test_dtypes_are_values_too() -> None:
     assert torch_to_jax(torch.bfloat16) == jnp.bfloat16
-    assert jax_to_torch(np.dtype(np.float32)) is torch.float32
+    assert jax_to_torch(np.dtype(np.float32)) is jax_to_torch(jnp.float32) is torch.float32
 
 
 def test_a_function_crosses_with_every_level_on() -> None:

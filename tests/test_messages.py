@@ -375,6 +375,7 @@ def test_a_users_error_keeps_its_type_and_shows_its_line(call: Callable[[], Any]
 TRACED = "as_torch traces a function, as jax.jit does"
 LONG = "an int32 of JAX is an int32 in torch"
 logits, labels = jnp.ones((2, 4)), jnp.array([0, 1])
+batch_norm = differentiable(as_jax(lambda mean, x: torch.nn.functional.batch_norm(x, mean, torch.ones(2)).sum()))
 cross_entropy = jittable(differentiable(as_jax(torch.nn.functional.cross_entropy)))
 NOTED: dict[str, tuple[Callable[[], Any], str]] = {
     "a branch on a value": (lambda: as_torch(lambda x: x if x.sum() > 0 else -x)(x), TRACED),
@@ -384,6 +385,10 @@ NOTED: dict[str, tuple[Callable[[], Any], str]] = {
     "a function of JAX": (lambda: as_jax(jnp.sin)(a), "sin: as_jax takes a function of torch's tensors"),
     "neither, with a tensor": (lambda: jittable(jnp.sin)(x), "sin: it is called as it is, since neither"),
     "neither, with an array": (lambda: jittable(torch.sin)(a), "sin: it is called as it is, since neither"),
+    "buffers": (
+        lambda: jax.grad(batch_norm)(jnp.ones(2), jnp.ones((2, 2))),
+        "<lambda>: of buffers there is no gradient",
+    ),
     "labels": (lambda: cross_entropy(logits, labels), f"cross_entropy: {LONG}"),
     "labels, differentiated": (lambda: jax.grad(cross_entropy)(logits, labels), f"cross_entropy: {LONG}"),
 }
@@ -409,9 +414,10 @@ def test_an_error_with_no_way_out_here_has_no_note() -> None:
     for call in (
         lambda: as_torch(lambda x: [] + 1)(x),
         lambda: as_jax(lambda x: [] + 1)(a),
+        lambda: as_jax(lambda x: x.long().sub_(1.5))(a),
         lambda: jittable(fails)(1),
     ):
-        with pytest.raises((TypeError, Custom)) as caught:
+        with pytest.raises((TypeError, RuntimeError, Custom)) as caught:
             call()
         assert [n for n in getattr(caught.value, "__notes__", []) if "removed its internal frames" not in n] == []
 

@@ -34,7 +34,7 @@ def callback(flat: TorchFlat, avals: Sequence[Aval], structure: Static, *, trust
     """
     state = flat.traced.state if flat.traced else TorchState.now()
     if flat.graph and flat.graph.plain and not state.is_autocast:
-        run = _of_graph(flat.graph.run, avals, flat.name)
+        run = _of_graph(flat, flat.graph.run, avals)
     elif trusted:
         run = _of_derived(flat, avals)
     else:
@@ -78,7 +78,7 @@ def callback(flat: TorchFlat, avals: Sequence[Aval], structure: Static, *, trust
     return body
 
 
-def _of_graph(graph: Callable[..., Leaves], avals: Sequence[Aval], name: str) -> Callable[..., None]:
+def _of_graph(flat: TorchFlat, graph: Callable[..., Leaves], avals: Sequence[Aval]) -> Callable[..., None]:
     """Run what is made of torch's own operations: no mode is looked at, and the results always have the same shapes."""
     fits = False
 
@@ -90,7 +90,7 @@ def _of_graph(graph: Callable[..., Leaves], avals: Sequence[Aval], name: str) ->
                 for result, out in zip(results, outs, strict=True):
                     out.copy_(result)
             else:
-                _write(results, outs, avals, name)
+                _write(results, outs, avals, flat)
                 fits = all(result.dtype is out.dtype for result, out in zip(results, outs, strict=True))
 
     return run
@@ -100,7 +100,7 @@ def _of_derived(flat: TorchFlat, avals: Sequence[Aval]) -> Callable[..., None]:
     """Run what is derived from a graph."""
 
     def run(outs: list[torch.Tensor], buffers: Sequence[Any]) -> None:
-        _write(flat.leaves(*map(export_buffer, buffers)), outs, avals, flat.name)
+        _write(flat.leaves(*map(export_buffer, buffers)), outs, avals, flat)
 
     return run
 
@@ -117,9 +117,9 @@ def _of_function(flat: TorchFlat, avals: Sequence[Aval], structure: Static) -> C
         with TAKING_TURNS:
             results, found = fn(*_own(buffers))
         if found.value is not known:
-            check_structure(found, structure, flat.name)
+            check_structure(found, structure, flat.name, inferred=flat.levels.example_output is None)
             known = found.value  # the same object comes again
-        _write(results, outs, avals, flat.name)
+        _write(results, outs, avals, flat)
 
     return run
 
@@ -176,7 +176,7 @@ def export_buffer(buffer: Any) -> torch.Tensor:
     return from_capsule(buffer.__dlpack__())
 
 
-def _write(results: Leaves, places: Sequence[torch.Tensor], avals: Sequence[Aval], name: str) -> None:
+def _write(results: Leaves, places: Sequence[torch.Tensor], avals: Sequence[Aval], flat: TorchFlat) -> None:
     """Copy the results into the program's buffers, checked first: `copy_` would broadcast and cast in silence."""
     for result, place in zip(results, places, strict=False):
         if result.shape != place.shape or result.dtype is not place.dtype:
@@ -186,6 +186,6 @@ def _write(results: Leaves, places: Sequence[torch.Tensor], avals: Sequence[Aval
         if len(results) == len(places):
             return
     results = narrowed(results, avals)
-    check_promise(results, avals, name)
+    check_promise(results, avals, flat.name, inferred=flat.levels.example_output is None)
     for result, place in zip(results, places, strict=True):
         place.copy_(result)

@@ -113,7 +113,8 @@ def _try_capture(flat: TorchFlat, avals: tuple[Aval, ...], active: Mask) -> Capt
     try:
         # In inference mode nothing is recorded, and every gradient would be zero; anomaly mode looks at values.
         anomalies = torch.autograd.set_detect_anomaly(mode=False)
-        with torch.inference_mode(mode=False), anomalies, torch_private.everything_is_saved():
+        as_before = flat.modes.put_back() if flat.modes else contextlib.nullcontext()
+        with torch.inference_mode(mode=False), anomalies, torch_private.everything_is_saved(), as_before:
             found = _capture(flat, avals, active)
     except Exception as error:
         if flat.levels.example_output is None and _is_of_the_user(error):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Sequence
@@ -70,6 +71,10 @@ class Modes(Protocol):
         """What it reads beside its arguments, and may write to."""
         ...
 
+    def put_back(self) -> Any:
+        """A context of a trace, after which modules hold what they held: what it has assigned has no values."""
+        ...
+
     def under(self, modes: Any) -> Any:
         """A context in which the function runs as it was when these were."""
         ...
@@ -128,7 +133,8 @@ class TorchFlat(Flat):
             found = promised(avals)
         else:
             tell(self.name, "traced for %s", lambda: describe_all(avals))
-            found = infer_torch(self, avals)
+            with self.modes.put_back() if self.modes else contextlib.nullcontext():
+                found = infer_torch(self, avals)
         kept: list[Aval] = []
         for index, aval in enumerate(found.avals):
             try:

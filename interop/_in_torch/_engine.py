@@ -463,7 +463,7 @@ if not hasattr(torch.ops.interop, "jax_call"):  # a reload of the module finds i
     _LIBRARY.define("jax_effect(Tensor[] xs, str function) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
     for _name in ("jax_call", "jax_effect"):
         _LIBRARY.impl(_name, _op, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"interop::{_name}", _op_fake, lib=_LIBRARY)
+        torch_private.register_fake(_LIBRARY, _name, _op_fake)
     if torch_private.below_autograd is not None:
         _LIBRARY.impl("jax_call", _op_autograd, "Autograd")
     _LIBRARY.impl("jax_call", _op_legacy_batched, "Batched")

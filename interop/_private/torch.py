@@ -117,7 +117,16 @@ def needs_values(error: BaseException) -> bool:
 
 def fake_mode() -> Any:
     """A mode in which tensors have shapes and no values, and may meet real ones from closures."""
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    mode: Any = FakeTensorMode(allow_non_fake_inputs=True)
+    converter = getattr(mode, "fake_tensor_converter", None)
+    if converter is not None:
+        # It remembers results by weak references, which keep `Module.to` from working on a module that is made inside.
+        converter.set_tensor_memo = _remember_nothing
+    return mode
+
+
+def _remember_nothing(_meta: torch.Tensor, _fake: torch.Tensor) -> None:
+    pass
 
 
 _REAL = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
@@ -501,6 +510,20 @@ def teach_functionalize(function: type[torch.autograd.Function]) -> None:
         return tuple(_functorch._wrap_functional_tensor(out, layer.level()) for out in outs)
 
     apply.functorch_table[key] = rule
+
+
+def register_fake(library: torch.library.Library, name: str, fn: Callable[..., Any]) -> None:
+    """Register what an operation of a library does on fake tensors.
+
+    The public function looks up its caller in the files of all modules, which is a third of what importing us costs.
+    """
+    qualname = f"{library.ns}::{name}"
+    registry = None if PUBLIC_ONLY else getattr(torch._library, "simple_registry", None)
+    if registry is None:
+        torch.library.register_fake(qualname, fn, lib=library)
+    else:
+        handle = registry.singleton.find(qualname).fake_impl.register(fn, __name__, library)
+        library._registration_handles.append(handle)
 
 
 # --- capture ----------------------------------------------------------------------------------------------------------
