@@ -340,9 +340,10 @@ class Spec:
         memo: free for whoever calls: what was made for this structure.
         direct: of that, what a call runs with its leaves as they are; None until it is known.
         plain: whether every argument is positional, and a leaf.
+        shallow: whether all arguments may be leaves, or dicts of leaves, that their types tell.
     """
 
-    __slots__ = ("argnames", "direct", "kinds", "memo", "names", "plain", "positional", "trees")
+    __slots__ = ("argnames", "direct", "kinds", "memo", "names", "plain", "positional", "shallow", "trees")
 
     def __init__(self, positional: int, names: tuple[str, ...], trees: tuple[Tree, ...]) -> None:
         self.positional = positional
@@ -353,6 +354,7 @@ class Spec:
         self.memo: dict[Any, Any] = {}
         self.direct: Any = None
         self.plain = positional == len(trees) and all(tree.single for tree in trees)
+        self.shallow = False
 
     def unflatten(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments, as the function is to be called."""
@@ -378,9 +380,10 @@ class Marshaller:
         self.bind, self.names = compile_binder(self.signature, name)
         self.static = frozenset(static_argnames)
         self.specs: dict[tuple[Any, ...], Spec] = {}
-        # The same by the types of positional arguments that are leaves, by far the commonest: that they can be bound is
-        # known then, and they are the leaves.
+        # The same by the types of positional arguments that are leaves, or dicts of leaves, by far the commonest: that
+        # they can be bound is known then, and what the leaves are.
         self.plain: dict[tuple[type, ...], Spec] = {}
+        self.shallow: dict[tuple[Any, ...], Spec] = {}
         self.capacity = capacity
 
     def flatten_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Spec]:
@@ -390,6 +393,11 @@ class Marshaller:
             TypeError: Python's own, under the function's name, for a call that does not fit its signature.
             ContainerError: an argument that can't be opened.
         """
+        if self.shallow and not kwargs:
+            leaves, shape = _look(args)
+            spec = self.shallow.get(shape)
+            if spec is not None:
+                return leaves, spec
         positional, keywords = self.bind(*args, **kwargs)
         flattener = _Flattener(numbers_static=False)
         tokens = flattener.tokens
@@ -408,9 +416,21 @@ class Marshaller:
         spec = self.specs.get(key)
         if spec is None:
             spec = self._understand(key, positional, keywords)
-            if spec.plain and all(KINDS.get(type(value)) in tokens for value in positional):
-                self.plain[tuple(map(type, positional))] = spec
+            spec.shallow = not (kwargs or self.static)
+        if spec.shallow and not kwargs:
+            self._remember(args, len(flattener.leaves), spec)
         return flattener.leaves, spec
+
+    def _remember(self, args: tuple[Any, ...], count: int, spec: Spec) -> None:
+        """Remember the structure of a call whose leaves, so many, are its arguments and what is in dicts."""
+        leaves, shape = _look(args)
+        names = (type(key) for x in args if type(x) is dict for key in x)
+        spec.shallow = len(leaves) == count and _DYNAMIC.issuperset(map(_kind_of, leaves)) and _NAMES.issuperset(names)
+        if spec.shallow:
+            known, shape = (self.plain, tuple(map(type, args))) if spec.plain else (self.shallow, shape)
+            if len(known) >= self.capacity:
+                known.clear()
+            known[shape] = spec
 
     def _add_with_statics(self, flattener: _Flattener, positional: Sequence[Any], keywords: dict[str, Any]) -> None:
         for name, value in self._named(positional, keywords):
@@ -442,5 +462,30 @@ class Marshaller:
         if len(self.specs) >= self.capacity:
             del self.specs[next(iter(self.specs))]
             self.plain.clear()
+            self.shallow.clear()
         self.specs[key] = spec
         return spec
+
+
+_DYNAMIC = frozenset(Kind) - {Kind.STATIC}
+_NAMES = frozenset({str, int})  # other keys are not kept alive
+
+
+def _kind_of(x: Any) -> Kind | None:
+    """What the type alone says."""
+    return KINDS.get(type(x))
+
+
+def _look(args: tuple[Any, ...]) -> tuple[list[Any], tuple[Any, ...]]:
+    """The arguments, and the values of those that are dicts; and the types of all, with the keys of the dicts."""
+    leaves: list[Any] = []
+    shape: list[Any] = []
+    for x in args:
+        if type(x) is dict:
+            values = x.values()
+            leaves += values
+            shape.append((*x, *map(type, x), *map(type, values)))
+        else:
+            leaves.append(x)
+            shape.append(type(x))
+    return leaves, tuple(shape)

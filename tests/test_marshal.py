@@ -229,6 +229,42 @@ def test_one_spec_for_each_structure() -> None:
     assert marshaller.flatten_call((t, 1), {})[1] is not marshaller.flatten_call((t, True), {})[1]
 
 
+def test_a_call_of_leaves_and_dicts_is_known_by_its_types() -> None:
+    """Whatever else may bind to the same parameters: defaults, keywords, other types, other keys."""
+
+    def g(params: Any, x: Any = None, scale: Any = 2.0, mode: Any = "sum") -> Any:
+        return params, x, scale, mode
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        leaves, spec = marshaller.flatten_call(args, kwargs)
+        positional, keywords = spec.unflatten(leaves)
+        return g(*positional, **keywords)
+
+    marshaller = Marshaller(g, name="g")
+    u, d, swapped = torch.zeros(3), {"a": t, "b": t}, {"b": t, "a": t}
+    for _ in range(3):
+        assert called(d, u, 3.0) == (d, u, 3.0, "sum")
+        assert called(d, u, True) == (d, u, True, "sum")
+        assert called(d, u, 3.0, "mean") == (d, u, 3.0, "mean")
+        assert called(d, u) == (d, u, 2.0, "sum")
+        assert called(d) == called(params=d) == called(d, None) == (d, None, 2.0, "sum")
+        assert called(params=d, scale=4.0) == (d, None, 4.0, "sum")
+        assert called(t, u, 3.0) == (t, u, 3.0, "sum")
+        assert list(called(swapped, u, 3.0)[0]) == ["b", "a"]
+        assert [type(key) for key in called({1: t}, u, 3.0)[0]] == [int]
+        assert [type(key) for key in called({True: t}, u, 3.0)[0]] == [bool]
+        assert called({"a": t, "b": "s"}, u, 3.0)[0]["b"] == "s"
+        assert called({"a": {"b": t}}, u, 3.0)[0] == {"a": {"b": t}}
+        for wrong in ((), (d, u, 3.0, "sum", 1)):
+            with pytest.raises(TypeError, match="g"):
+                called(*wrong)
+    assert {len(shape) for shape in marshaller.shallow} == {1, 2, 3}
+    static = Marshaller(lambda n, scale=2: None, name="static", static_argnames=("n",))
+    for n in (2, 5, 2):
+        leaves, spec = static.flatten_call((n,), {})
+        assert spec.unflatten(leaves) == ((n,), {})
+
+
 def test_the_cache_of_specs_is_bounded() -> None:
     marshaller = Marshaller(f, name="f", capacity=8)
     for i in range(50):
