@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -121,13 +122,20 @@ class _Path:
 
     def follow(self, flat: Flat, avals: Sequence[Aval]) -> Outputs:
         """The outputs on this way."""
-        watch = torch_private.TraceWatch(self.decide, SHAPES)
-        # In anomaly mode a derivative would look at values.
-        with torch_private.fake_mode(), watch, torch.autograd.set_detect_anomaly(mode=False):
-            fakes = [torch.empty(aval.shape, dtype=TORCH_OF[aval.dtype], device=traced_device()) for aval in avals]
-            outs, structure = flat.fn(*fakes)
-            found = tuple(Aval(tuple(out.shape), NUMPY_OF[out.dtype]) for out in outs)
-        return Outputs(found, structure, watch.draws)
+        mode = torch_private.fake_mode()
+        watch = torch_private.TraceWatch(self.decide, SHAPES, fakes=mode)
+        found = None
+        try:
+            found = _run(flat, avals, mode, watch)
+        except Exception:
+            if not watch.needs_fakes:
+                raise
+        if found is None or watch.needs_fakes:  # the function may have caught that
+            self.answers.clear()
+            self.others.clear()
+            watch = torch_private.TraceWatch(self.decide, SHAPES)
+            found = _run(flat, avals, mode, watch)
+        return replace(found, random=watch.draws)
 
     def decide(self, condition: torch.Tensor) -> bool | None:
         """The next answer; None where there were too many."""
@@ -139,6 +147,16 @@ class _Path:
             self.others.append((*self.answers, False))
         self.answers.append(index >= len(self.given) or self.given[index])
         return self.answers[-1]
+
+
+def _run(flat: Flat, avals: Sequence[Aval], mode: Any, watch: torch_private.TraceWatch) -> Outputs:
+    """The outputs for fake tensors, in their mode or beside it."""
+    with mode:
+        fakes = [torch.empty(aval.shape, dtype=TORCH_OF[aval.dtype], device=traced_device()) for aval in avals]
+    # In anomaly mode a derivative would look at values.
+    with contextlib.nullcontext() if watch.fakes else mode, watch, torch.autograd.set_detect_anomaly(mode=False):
+        outs, structure = flat.fn(*fakes)
+        return Outputs(tuple(Aval(tuple(out.shape), NUMPY_OF[out.dtype]) for out in outs), structure)
 
 
 def _agreed(found: dict[Answers, Outputs], raised: dict[Answers, str]) -> Outputs:

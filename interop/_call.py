@@ -279,7 +279,7 @@ def _located_call(record: Record, spec: Spec, numbers: Any, impls: Any) -> dict[
         raise located(error, record.name) from error.__cause__
 
 
-_EXPORTED = ("differentiable", "jittable", "nondiff_argnames", "static_argnames")
+_EXPORTED = ("differentiable", "jittable", "jit", "nondiff_argnames", "static_argnames")
 
 
 def _load_call(located: dict[str, Any]) -> Any:
@@ -320,7 +320,7 @@ def needs_value(error: Exception) -> bool:
 
 
 def _would_be_lost(x: Any) -> bool:
-    return isinstance(x, torch.Tensor) and x.requires_grad
+    return isinstance(x, torch.Tensor) and x.requires_grad and torch_private.is_of_the_user(x)
 
 
 def _merged(kinds: tuple[Kind, ...], leaves: Leaves, numbers: tuple[Any, ...]) -> Leaves:

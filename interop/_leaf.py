@@ -307,6 +307,11 @@ def resolve(t: torch.Tensor) -> torch.Tensor:
 
 def refuse_foreign(t: torch.Tensor) -> torch.Tensor:
     """The tensor itself; raises `LeafError` for one whose memory is not its value, even with its lazy bits applied."""
+    if torch_private.is_traced(t):
+        raise LeafError(
+            "a tensor without a value, which was kept while the function was traced",
+            hint="Make what it keeps before it is traced, or call it once outside jit",
+        )
     if type(t) not in PLAIN:
         raise LeafError(f"a tensor of type {type(t).__module__}.{type(t).__qualname__} can't cross", hint=_way_out(t))
     if t.is_nested:

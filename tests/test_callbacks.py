@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import re
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 
 import interop
 import tables
-from interop import as_jax, as_torch, differentiable, jittable
+from interop import as_jax, as_torch, differentiable, jittable, make_functional
 from together import THREADS, at_once
 
 Fn = Callable[..., Any]
@@ -262,6 +263,89 @@ def test_a_function_that_changes_its_mind(other: Fn) -> None:
         Exception, match=r"OutputMismatchError: <lambda>: the result .*was inferred for it.* say what it"
     ):
         jax.block_until_ready(jax.jit(f)(x4))
+
+
+CACHE: dict[str, torch.Tensor] = {}
+
+
+@functools.lru_cache
+def table_of(n: int) -> torch.Tensor:
+    """Made once, by whoever comes first."""
+    return torch.arange(float(n)).cos()
+
+
+def from_a_dict(x: torch.Tensor) -> torch.Tensor:
+    """The same."""
+    if "table" not in CACHE:
+        CACHE["table"] = torch.arange(float(len(x))).cos()
+    return x * CACHE["table"]
+
+
+class Lazy:
+    """An object that makes it when it is first called."""
+
+    table: torch.Tensor | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.table is None:
+            self.table = torch.arange(float(len(x))).cos()
+        return x * self.table
+
+
+class Held(nn.Module):
+    """A module with such an object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lazy = Lazy()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lazy(x)
+
+
+KEEPING: dict[str, Callable[[], Fn]] = {
+    "a cached function": lambda: levels(lambda x: x * table_of(len(x))),
+    "a dict": lambda: levels(from_a_dict),
+    "an object": lambda: levels(Lazy()),
+    "an object of a module": lambda: functools.partial(make_functional(Held())[0], {}),
+    "beside dropout": lambda: levels(lambda x: F.dropout(x, 0.0) * table_of(len(x)) + 0 * torch.rand(4)),
+}
+FIRST: dict[str, Callable[[Fn, Any], Any]] = {
+    "jit": lambda f, x: jax.jit(lambda x: f(x))(x),
+    "gradient": lambda f, x: jax.jit(jax.grad(lambda x: (f(x) * x).sum() / 2))(x),
+    "eval_shape": jax.eval_shape,
+    "batch": lambda f, x: jax.jit(jax.vmap(f))(x[None])[0],
+}
+
+
+@pytest.mark.parametrize("first", FIRST)
+@pytest.mark.parametrize("make", KEEPING.values(), ids=KEEPING)
+def test_what_a_function_keeps_for_later_calls_has_values(make: Callable[[], Fn], first: str) -> None:
+    """Whoever calls it first: a trace has nothing else to give it."""
+    table_of.cache_clear()
+    CACHE.clear()
+    f, x, expected = make(), jnp.ones(4), np.cos(np.arange(4.0))
+    for name in (first, *FIRST):
+        found = FIRST[name](f, x)
+        if name != "eval_shape":
+            np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(f(x), expected, rtol=1e-5)
+
+
+def test_a_traced_value_that_was_kept_is_refused() -> None:
+    """It has none."""
+    kept: list[torch.Tensor] = []
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        kept.append(x * 2)
+        return kept[0] + x
+
+    f = levels(fn)
+    for call in (jax.jit(f), f, lambda x: jax.vmap(f)(x[None])):
+        with pytest.raises(
+            (interop.LeafError, jax.errors.JaxRuntimeError), match="a tensor without a value, which was kept"
+        ):
+            jax.block_until_ready(call(x4))
 
 
 def test_a_module_that_is_made_inside_can_be_moved(run_python: Callable[..., str]) -> None:

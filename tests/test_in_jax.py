@@ -944,6 +944,29 @@ def test_a_result_that_autograd_has_lost_sight_of_has_no_gradient(fn: Fn, ask: C
         jax.block_until_ready(ask(uncaptured(fn), examples))
 
 
+def test_what_a_call_has_kept_is_nobodys_gradient() -> None:
+    """An activation in a dict or a list, of a call that is over: of autograd, of a batch, of a trace."""
+    kept: dict[str, Any] = {"all": []}
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        kept["last"] = x.sin()
+        kept["all"].append(kept["last"])
+        return (kept["last"] * 2).sum()
+
+    f, x = levels(fn), examples[0]
+    for _ in range(2):
+        assert_same(jax.grad(f)(x), 2 * jnp.cos(x))
+        assert_same(jax.vmap(f)(examples), 2 * jnp.sin(examples).sum(1))
+        assert_same(jax.jvp(f, (x,), (x,))[1], (2 * jnp.cos(x) * x).sum())
+        assert_same(jax.jit(jax.grad(lambda x: f(x)))(x), 2 * jnp.cos(x))
+        assert_same(jax.hessian(f)(x), jnp.diag(-2 * jnp.sin(x)))
+    weight = torch.ones(3, requires_grad=True)
+    doubled = weight * 2
+    for lost in (lambda x: (x * weight).sum(), lambda x: (x * doubled).sum()):
+        with pytest.raises(interop.NotDifferentiableError, match="its gradient would be lost"):
+            jax.grad(levels(lost))(x)
+
+
 def test_a_constant_has_the_gradient_zero() -> None:
     for fn in (lambda x: torch.ones(()), lambda x: x.detach().sum(), lambda x: (x > 1).float().sum()):
         for wrap in (lambda f: f, jax.jit):

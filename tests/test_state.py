@@ -222,6 +222,54 @@ DRAWS: dict[str, Fn] = {
 }
 
 
+TURNED: dict[str, Fn] = {  # of values whose memory is in another order than their elements
+    "dropout": lambda x: dropout(x.T, 0.5),
+    "dropout in place": lambda x: dropout(x.T * 1, 0.5, True, True),
+    "alpha_dropout": lambda x: torch.nn.functional.alpha_dropout(x.T, 0.5, training=True),
+    "rrelu": lambda x: torch.nn.functional.rrelu(x.T - 2, training=True),
+    "rand_like": lambda x: x.T * torch.rand_like(x.T),
+    "fill": lambda x: x.T * torch.empty_like(x.T).normal_(),
+    "bernoulli": lambda x: x.T * torch.bernoulli(x.T.sigmoid()),
+    "channels last": lambda x: dropout(x.reshape(1, 4, 4, 4).to(memory_format=torch.channels_last), 0.5),
+}
+
+
+@pytest.mark.parametrize("fn", TURNED.values(), ids=TURNED)
+def test_a_draw_does_not_depend_on_the_order_of_the_memory(fn: Fn) -> None:
+    """Which is another in a batch, below a derivative, and in a captured graph."""
+    f, matrix = keyed(fn), jnp.ones((8, 8))
+    g = lambda x: f(x, key=key)
+    expected = g(matrix).tolist()
+    assert jax.jit(g)(matrix).tolist() == expected
+    assert jax.vmap(g)(matrix[None])[0].tolist() == expected
+    assert jax.jvp(g, (matrix,), (matrix,))[0].tolist() == expected
+    slope = jax.grad(lambda x: g(x).sum())(matrix)
+    for gradient in (
+        jax.jit(jax.grad(lambda x: g(x).sum()))(matrix),
+        jax.vmap(jax.grad(lambda x: g(x).sum()))(matrix[None])[0],
+        jax.grad(lambda x: jax.checkpoint(g)(x).sum())(matrix),
+    ):
+        np.testing.assert_allclose(gradient, slope, rtol=1e-6)
+    along = jax.jvp(lambda x: g(x).sum(), (matrix,), (matrix,))[1]
+    np.testing.assert_allclose(along, slope.sum(), rtol=1e-5)
+
+
+def test_a_transformer_in_training_has_one_mask_in_every_derivative() -> None:
+    apply, params = interop.make_functional(
+        nn.TransformerEncoderLayer(8, 2, 16, 0.3, "gelu", batch_first=True), rng="key"
+    )
+    x = jax.random.normal(jax.random.key(1), (2, 4, 8))
+    v, w = (jax.random.normal(jax.random.key(i), x.shape) for i in (2, 3))
+    loss = lambda x: (apply(params, x, key=key) ** 2 * w).sum()
+    slope = (jax.grad(loss)(x) * v).sum()
+    for along in (jax.jvp(loss, (x,), (v,))[1], jax.jit(lambda x: jax.jvp(loss, (x,), (v,))[1])(x)):
+        np.testing.assert_allclose(along, slope, rtol=1e-4)
+    np.testing.assert_allclose(jax.vmap(loss)(x[None])[0], loss(x), rtol=1e-5)
+    by_differences = (jax.grad(loss)(x + 1e-2 * v) - jax.grad(loss)(x - 1e-2 * v)) / 2e-2
+    product = jax.jvp(jax.grad(loss), (x,), (v,))[1]
+    np.testing.assert_allclose(product, by_differences, atol=2e-2 * float(abs(product).max()))
+
+
 @pytest.mark.parametrize("fn", DRAWS.values(), ids=DRAWS)
 def test_whatever_is_drawn_comes_from_the_key(fn: Fn) -> None:
     f = keyed(fn)

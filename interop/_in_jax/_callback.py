@@ -15,7 +15,7 @@ from interop._errors import InteropError
 from interop._in_jax._flat import TorchFlat
 from interop._in_jax._random import Watched, refused
 from interop._in_jax._surroundings import TorchState, flushes
-from interop._leaf import SMALL
+from interop._leaf import PLAIN, SMALL, refuse_foreign
 from interop._notes import in_words, note_of
 from interop._private import torch as torch_private
 from interop._side import Leaf, Leaves
@@ -179,12 +179,14 @@ def export_buffer(buffer: Any) -> torch.Tensor:
 def _write(results: Leaves, places: Sequence[torch.Tensor], avals: Sequence[Aval], flat: TorchFlat) -> None:
     """Copy the results into the program's buffers, checked first: `copy_` would broadcast and cast in silence."""
     for result, place in zip(results, places, strict=False):
-        if result.shape != place.shape or result.dtype is not place.dtype:
+        if result.shape != place.shape or result.dtype is not place.dtype or type(result) not in PLAIN:
             break
         place.copy_(result)
     else:
         if len(results) == len(places):
             return
+    for result in results:
+        refuse_foreign(result)
     results = narrowed(results, avals)
     check_promise(results, avals, flat.name, inferred=flat.levels.example_output is None)
     for result, place in zip(results, places, strict=True):

@@ -17,7 +17,7 @@ from interop._abstract import Aval, Outputs, aval_of, check_promise, check_struc
 from interop._derive import NOTHING, Axes, Flat, FlatFn, Mask, Static, derive_jvp, derive_vjp, derive_vmap
 from interop._errors import DeviceError, InteropError, PrecisionError
 from interop._in_jax._graph import Graph
-from interop._in_jax._random import seeding
+from interop._in_jax._random import InOrder, seeding
 from interop._in_jax._surroundings import TorchState
 from interop._in_jax._ways import (
     again,
@@ -232,7 +232,8 @@ def keyed(flat: TorchFlat, key: int, path: str) -> TorchFlat:
     def run(*leaves: Leaf) -> tuple[Leaves, Static]:
         others = (*leaves[:key], *leaves[key + 1 :])
         if torch_private.is_traced(leaves[key]):  # it has no value: whoever runs what was traced seeds
-            return fn(*others)
+            with InOrder():
+                return fn(*others)
         with seeding(leaves[key]):
             return fn(*others)
 

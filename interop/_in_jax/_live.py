@@ -64,7 +64,8 @@ class Live:
 def forward(flat: TorchFlat, arrays: Sequence[jax.Array], active: Mask) -> tuple[list[jax.Array], Static, jax.Array]:
     """Run it under autograd; returns its outputs, their structure, and the array that owns the graph."""
     with torch.inference_mode(mode=False), torch.enable_grad(), torch_private.everything_is_saved():
-        tensors = [t.requires_grad_(wanted) for t, wanted in zip(tensors_of(arrays), active, strict=True)]
+        given = zip(tensors_of(arrays), active, strict=True)
+        tensors = [torch_private.own_leaf(t) if wanted else t for t, wanted in given]
         # Nobody writes to the leaves, which share JAX's memory. What the function is given is a copy, and no leaf.
         outs, structure = flat.to_differentiate(*[t.clone() for t in tensors])
     inputs = [t for t in tensors if t.requires_grad]

@@ -9,6 +9,7 @@ from collections.abc import Generator
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - as everybody calls it
 from torch.overrides import TorchFunctionMode
 
 from interop._errors import UnsupportedError
@@ -62,7 +63,51 @@ def seeding(key: torch.Tensor, *, watch: bool = True) -> Generator[None]:
                 generator.set_state(state)
 
 
-class _Own(TorchFunctionMode):
+class InOrder(TorchFunctionMode):
+    """Numbers are drawn in the order of the elements, and not in that of the memory.
+
+    A derivative, a batch and a captured graph of a function have their values in other layouts than a call of it, and
+    have to draw the same.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _FILLS and not args[0].is_contiguous():
+            dense = torch.empty_like(args[0], memory_format=torch.contiguous_format)
+            return args[0].copy_(func(dense, *args[1:], **kwargs))
+        if func in _DRAWS and args and not args[0].is_contiguous():
+            place = _DRAWS[func]
+            writes = kwargs.pop("inplace", False) or args[place : place + 1] == (True,)
+            drawn = func(*[x.contiguous() if isinstance(x, torch.Tensor) else x for x in args[:place]], **kwargs)
+            return args[0].copy_(drawn) if writes else drawn
+        return func(*args, **kwargs)
+
+
+_FILLS = frozenset(
+    getattr(torch.Tensor, f"{name}_")
+    for name in ("bernoulli", "cauchy", "exponential", "geometric", "log_normal", "normal", "random", "uniform")
+)
+
+# With the place of the argument that asks for a result in place.
+_DRAWS: dict[Any, int] = {
+    F.dropout: 3,
+    F.dropout1d: 3,
+    F.dropout2d: 3,
+    F.dropout3d: 3,
+    F.alpha_dropout: 3,
+    F.feature_alpha_dropout: 3,
+    F.rrelu: 4,
+} | dict.fromkeys(
+    (
+        torch.alpha_dropout, torch.bernoulli, torch.binomial, torch.dropout, torch.feature_alpha_dropout,
+        torch.feature_dropout, torch.native_dropout, torch.normal, torch.poisson, torch.rand_like, torch.randint_like,
+        torch.randn_like, torch.rrelu, torch.Tensor.bernoulli,
+    ),
+    99,
+)  # fmt: skip
+
+
+class _Own(InOrder):
     """Sees every generator that is named in a call; the streams of two are not the same."""
 
     def __init__(self, words: bytes) -> None:
@@ -76,7 +121,7 @@ class _Own(TorchFunctionMode):
             generator = kwargs.get("generator")
             if generator is not None and generator not in self.before:
                 self.seed(generator, stream=next(self.streams))
-        return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
 
     def seed(self, generator: torch.Generator, *, stream: int) -> None:
         self.before[generator] = generator.get_state()

@@ -53,7 +53,7 @@ def first_that_runs(name: str, closed_over: Callable[[], list[torch.Tensor]], *w
 
 def _kept(xs: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, int, torch.Tensor]]:
     """What to put back after a way that has written to tensors before it failed."""
-    return [(x, x._version, x.detach().clone()) for x in xs if not x.is_inference()]
+    return [(x, x._version, x.detach().clone()) for x in xs if not (torch_private.is_dead(x) or x.is_inference())]
 
 
 def _versions(xs: Sequence[torch.Tensor]) -> list[int]:
@@ -74,12 +74,13 @@ def again(name: str, fn: FlatFn, closed_over: Callable[[], list[torch.Tensor]], 
     def watching(*leaves: Leaf) -> tuple[Leaves, Static]:
         is_real = not any(map(torch_private.is_traced, leaves))
         generators = Watched() if is_real and not keyed else None
-        written = _versions(closed_over()) if is_real else None
+        read = closed_over() if is_real else []
+        written = _versions(read)
         with torch_private.everything_is_saved():
             result = fn(*leaves)
         if generators and generators.were_drawn_from():
             raise refused(name, "a derivative ran it again, and drew others")
-        if is_real and written != _versions(closed_over()):
+        if written != _versions(read):
             raise UnsupportedError(
                 "it writes to a tensor that it closes over, and a derivative ran it again",
                 hint="Make it an argument and a result; of a module: make_functional(module, mutable=True)",
@@ -209,7 +210,7 @@ def vjp_by_autograd(flat: Flat, nonzero: Mask, present: Mask) -> FlatFn:
 def _recorded(flat: Flat, primals: Leaves, nonzero: Mask) -> tuple[Leaves, Leaves]:
     """The primals as autograd takes them, and the outputs; they may be part of a graph already."""
     primals = tuple(
-        x if not active or x.requires_grad else x.detach().requires_grad_()
+        x if not active or x.requires_grad else torch_private.own_leaf(x.detach())
         for x, active in zip(primals, nonzero, strict=True)
     )
     return primals, flat.leaves(*[x.clone() for x in primals])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import secrets
 import threading
 import time
 import weakref
@@ -34,7 +36,8 @@ class Names:
 
     A name is weak: whoever made a function keeps it alive. But a graph holds nothing else, and may outlive them all, so
     the last functions that were traced into one are kept. A name in an exported program says how the function is found
-    in another process: its module, its qualified name, and what was derived from it.
+    in another process: its module, its qualified name, and what was derived from it. Any other name is of this process
+    alone: Inductor finds graphs of earlier ones by their text.
     """
 
     CAPACITY = 4096
@@ -44,10 +47,15 @@ class Names:
         self.traced: OrderedDict[str, JaxFlat] = OrderedDict()
         self.load: Callable[[Any], JaxFlat] | None = None
         self.numbers = itertools.count()
+        self.new_process()
+
+    def new_process(self) -> None:
+        """Give names that no other process gives."""
+        self.process = secrets.token_hex(8)
 
     def add(self, flat: JaxFlat) -> str:
         """A new name, for this process."""
-        name = f"#{next(self.numbers)}"
+        name = f"#{next(self.numbers)} of {self.process}"
         self.flats[name] = flat
         return name
 
@@ -75,6 +83,7 @@ class Names:
 
 
 FLATS = Names()
+os.register_at_fork(after_in_child=FLATS.new_process)
 
 
 class _Ran(threading.local):

@@ -133,20 +133,31 @@ _REAL = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
 _without_modes: Any = contextlib.nullcontext if PUBLIC_ONLY else _python_dispatch._disable_current_modes
 
 
+class NeedsFakes(Exception):
+    """A trace can't go on with the values of constants."""
+
+
 class TraceWatch(TorchDispatchMode):
     """Sees whether any operation under it draws from torch's generator, and undoes what a trace writes to real tensors.
 
-    A fake mode runs what has no fake tensor among its arguments. Whether a tensor without a value is true, `decide`
-    says, or None if it does not know; `shapes` has operations of which torch does not say what they return.
+    Whether a tensor without a value is true, `decide` says, or None if it does not know; `shapes` has operations of
+    which torch does not say what they return.
+
+    With `fakes`, this mode is not on, and what is made of nothing that is traced, nor of parameters, has its values:
+    the function may keep it. What draws, or writes traced values to such a tensor, raises `NeedsFakes`.
     """
 
     def __init__(
         self,
         decide: Callable[[torch.Tensor], bool | None] | None = None,
         shapes: Mapping[Any, Callable[..., Any]] = types.MappingProxyType({}),
+        *,
+        fakes: Any = None,
     ) -> None:
         super().__init__()
         self.draws = False
+        self.fakes = fakes
+        self.needs_fakes = False
         self.decide = decide
         self.shapes = shapes
         self.written: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -159,20 +170,37 @@ class TraceWatch(TorchDispatchMode):
         answer = self.decide(condition) if self.decide and condition is not None else None
         if answer is not None:
             return answer
+        is_traced_too = any(issubclass(t, FakeTensor) for t in types)
         if draws(func, args, kwargs or {}):
             self.draws = True
+            self._need_fakes(not is_traced_too)
         if func._schema.is_mutable:
             for t in (*args, *(kwargs or {}).values()):
                 if type(t) in _REAL and id(t) not in self.written:
+                    self._need_fakes(is_traced_too)
                     with _without_modes():
                         self.written[id(t)] = t, t.detach().clone()
+        if self.fakes and not is_traced_too and any(map(_requires_grad, args)):
+            with self.fakes:
+                return func(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+    def _need_fakes(self, is_needed: bool) -> None:
+        if self.fakes and is_needed:
+            self.needs_fakes = True
+            raise NeedsFakes
 
     def __exit__(self, *exception: object) -> None:
         super().__exit__(*exception)
         with _without_modes():
             for t, value in self.written.values():
                 t.data.copy_(value)
+
+
+def _requires_grad(x: Any) -> bool:
+    return (
+        any(map(_requires_grad, x)) if isinstance(x, list | tuple) else isinstance(x, torch.Tensor) and x.requires_grad
+    )
 
 
 def _condition(func: Any, args: Any) -> torch.Tensor | None:
@@ -255,9 +283,34 @@ _functorch: Any = getattr(_C, "_functorch", None)
 below_autograd: Any = getattr(_C, "_AutoDispatchBelowAutograd", None)
 
 
+def own_leaf(t: torch.Tensor) -> torch.Tensor:
+    """The tensor as a leaf of autograd that is ours: what is computed from it loses nobody's gradient."""
+    leaf: Any = t.requires_grad_()
+    leaf._is_of_interop = True
+    return leaf
+
+
+def is_of_the_user(t: torch.Tensor) -> bool:
+    """Whether a gradient of this tensor would reach a leaf that is not ours; of what a call has kept it may not."""
+    if is_dead(t) or is_traced(t):
+        return False
+    if t.grad_fn is None:
+        return not hasattr(t, "_is_of_interop")
+    waiting, seen = [t.grad_fn], set[Any]()
+    while waiting:
+        node: Any = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable") and not hasattr(node.variable, "_is_of_interop"):
+            return True
+        waiting += [following for following, _ in node.next_functions if following is not None]
+    return False
+
+
 def version_of(t: torch.Tensor) -> int:
-    """How often it was written to; an inference tensor does not say."""
-    return 0 if t.is_inference() else t._version
+    """How often it was written to; an inference tensor does not say, and nobody writes to one whose transform ended."""
+    return 0 if is_dead(t) or t.is_inference() else t._version
 
 
 def has_tangent(xs: Sequence[torch.Tensor]) -> bool:
@@ -428,6 +481,16 @@ def pytree_functions(t: type) -> tuple[Callable[..., Any], Callable[..., Any]] |
 unwrap_if_dead: Callable[[torch.Tensor], torch.Tensor] = getattr(_functorch, "unwrap_if_dead", None) or (
     lambda t: t.view_as(t)
 )
+
+
+def is_dead(t: torch.Tensor) -> bool:
+    """Whether it was a value below a transform of `torch.func` that has ended."""
+    if unwrap_if_dead(t) is not t:
+        return True
+    if not _functorch or not _functorch.is_batchedtensor(t):
+        return False
+    layer = _functorch.peek_interpreter_stack()
+    return bool(layer is None or _functorch.maybe_get_level(t) > layer.level())
 
 
 def is_legacy_batched(t: torch.Tensor) -> bool:
