@@ -210,13 +210,19 @@ class TorchFlat(Flat):
         def fn(*leaves: Leaf) -> tuple[Leaves, Static]:
             outs, structure = by_rule(*leaves)
             example = tuple(_without_axis(aval_of(x), axis) for x, axis in zip(leaves, in_axes, strict=True))
-            promised: Outputs | None = self.memos.get(("outputs", example, x64_enabled()))
-            for out, aval in zip(outs, promised.avals if promised else (), strict=False):
+            for out, aval in zip(outs, self._inferred(example), strict=False):
                 if out.shape[1:] != aval.shape or (is_inexact(aval) and NUMPY_OF[out.dtype] != aval.dtype):
                     raise TypeError(f"a batch of {describe(out)} where one example is {describe(aval)}")
             return outs, structure
 
         return fn
+
+    def _inferred(self, avals: tuple[Aval, ...]) -> tuple[Aval, ...]:
+        """The avals of the outputs; none where they can't be inferred."""
+        try:
+            return self.outputs(avals).avals
+        except Exception:  # noqa: BLE001 - it has run on values: what is wrong without them is no error of this call
+            return ()
 
     def _derived(self, kind: str, fn: FlatFn, order: int) -> Self:
         return replace(self.derived(kind, fn), exact=None, known=None, origin=None, order=order, graph=None)
