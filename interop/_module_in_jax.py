@@ -10,7 +10,7 @@ import threading
 import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ import torch.utils._pytree as torch_pytree
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.overrides import TorchFunctionMode
 
-from interop._closed_over import find_closed_over, first, slots_of
+from interop._closed_over import constant, constants_of, find_closed_over, first, slots_of
 from interop._errors import LeafError, UnsupportedError
 from interop._leaf import WIDE_INTS, describe
 from interop._private import torch as torch_private
@@ -170,6 +170,9 @@ class _Training(threading.local):
     def tensors(self) -> list[torch.Tensor]:
         return []  # every call has its own
 
+    def constants(self) -> Hashable:
+        return constant(self.module)
+
     def put_back(self) -> Any:
         return contextlib.nullcontext()
 
@@ -200,6 +203,9 @@ class ClosedOver:
         return [
             t for x in self._read() for t in ((x,) if isinstance(x, torch.Tensor) else (*x.parameters(), *x.buffers()))
         ]
+
+    def constants(self) -> Hashable:
+        return constants_of(self.function)
 
     @contextlib.contextmanager
     def put_back(self) -> Generator[None]:

@@ -1059,6 +1059,7 @@ import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 import torch
 
 from interop import as_torch, differentiable, jittable
@@ -1128,6 +1129,11 @@ def in_jax(x, k):
     return jnp.sin(x) * k
 
 
+def by_numpy(x):
+    return jnp.asarray(np.sin(np.asarray(x))) * 3
+
+
+untraced = jittable(example_output=lambda x: x)(as_torch(by_numpy, jit=False))
 undecorated = differentiable(jittable(as_torch(in_jax)))
 partial = differentiable(jittable(as_torch(functools.partial(in_jax, k=3.0))))
 
@@ -1163,6 +1169,7 @@ PROGRAMS = {
     "static method": (Program(lambda x: Affine.static(x)), three, None),
     "a function that kept its name": (Program(lambda x: undecorated(x, 3.0)), three, None),
     "partial": (Program(lambda x: partial(x)), three, None),
+    "not traced": (Program(lambda x: untraced(x)), three, None),
     "parameter": (Inside(), three, None),
     "batch": (Program(lambda x: torch.func.vmap(function)(x)), three, None),
     "any size": (Program(lambda x: concatenated(x)), lambda x: torch.cat([x, x * 2]), ({0: N},)),
@@ -1229,7 +1236,7 @@ def trip(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]
 
 
 TRIPS = ["function", "function itself", "not differentiable", "statics", "NamedTuple", "method", "static method"]
-TRIPS += ["a function that kept its name", "partial", "parameter", "batch", "any size"]
+TRIPS += ["a function that kept its name", "partial", "not traced", "parameter", "batch", "any size"]
 
 
 @STRICTNESS
@@ -1237,6 +1244,34 @@ TRIPS += ["a function that kept its name", "partial", "parameter", "batch", "any
 def test_an_exported_program_runs_in_another_process(name: str, strict: bool, trip: dict[str, tuple[str, str]]) -> None:
     """One that imports the same module."""
     assert trip[f"{name}-{strict}"] == ("saved", "right")
+
+
+def test_no_two_processes_name_a_function_alike(run_python: Callable[..., str]) -> None:
+    """Inductor keeps on disk what it compiled, and finds it by the text of a graph."""
+    program = """
+        import os, torch, jax.numpy as jnp
+        from interop import as_torch, jittable
+
+        def names():
+            texts = []
+            f = jittable(as_torch(lambda x: jnp.sin(x)))
+            tell = lambda graph, _: texts.append(str(graph.graph)) or graph.forward
+            torch.compile(lambda x: f(x), backend=tell, fullgraph=True)(torch.ones(3))
+            from interop._in_torch import FLATS
+            assert texts
+            return FLATS.add(f._self_entry)
+
+        print(names())
+        read, write = os.pipe()
+        if os.fork():
+            print(os.read(read, 1000).decode())
+        else:
+            from interop._in_torch import FLATS
+            os.write(write, FLATS.process.encode())
+            os._exit(0)
+    """
+    first, second = (run_python(program).split()[-2:] for _ in range(2))
+    assert len({*first, *second}) == 4
 
 
 # --- older and other compilers ----------------------------------------------------------------------------------------

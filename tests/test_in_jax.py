@@ -944,6 +944,93 @@ def test_a_result_that_autograd_has_lost_sight_of_has_no_gradient(fn: Fn, ask: C
         jax.block_until_ready(ask(uncaptured(fn), examples))
 
 
+class Scale:
+    """With an attribute, and one of its class."""
+
+    offset = 1.0
+
+    def __init__(self) -> None:
+        self.factor = 2.0
+        self.options = {"power": [2]}
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.factor * x ** self.options["power"][0]).sum() + self.offset * x.sum()
+
+
+class Leaky(torch.nn.Module):
+    """With options in its parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.factor = torch.nn.LeakyReLU(0.5), 1.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.factor * (self.act(x) * x).sum()
+
+
+FACTOR = 2.0
+
+
+def by_a_global(x: torch.Tensor) -> torch.Tensor:
+    """Which it reads in a function of its own."""
+    return (lambda y: (FACTOR * y**2).sum())(x)
+
+
+def changing(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Fn, list[Callable[[], None]]]:
+    """A function, and what changes what it reads, one thing after the other."""
+    scale, module, weight = Scale(), Leaky(), [torch.ones(3)]
+
+    def of_a_closure(x: torch.Tensor) -> torch.Tensor:
+        return (tensor * x**2).sum()
+
+    tensor = torch.ones(3)
+
+    def rebind() -> None:
+        nonlocal tensor
+        tensor = torch.full((3,), 7.0)
+
+    return {
+        "an object": (
+            scale,
+            [
+                lambda: setattr(scale, "factor", 5.0),
+                lambda: monkeypatch.setattr(Scale, "offset", 3.0),
+                lambda: scale.options["power"].__setitem__(0, 3),
+            ],
+        ),
+        "a global": (by_a_global, [lambda: monkeypatch.setitem(globals(), "FACTOR", 5.0)]),
+        "a tensor": (of_a_closure, [rebind, lambda: tensor.fill_(2.0)]),
+        "a tensor in a list": (
+            lambda x: (weight[0] * x**2).sum(),
+            [lambda: weight.__setitem__(0, torch.full((3,), 7.0))],
+        ),
+        "a module": (
+            module,
+            [lambda: setattr(module, "factor", 3.0), lambda: setattr(module.act, "negative_slope", 0.1)],
+        ),
+        "a shape": (
+            lambda x: (x.repeat(len(weight)) ** 2).sum(),
+            [lambda: weight.append(torch.ones(1))],
+        ),
+    }[name]
+
+
+@pytest.mark.parametrize("ask", [ask for name, ask in DERIVED.items() if name != "gradient of a loop"])
+@pytest.mark.parametrize("name", ["an object", "a global", "a tensor", "a tensor in a list", "a module", "a shape"])
+def test_a_new_trace_reads_what_there_is_now(
+    name: str, ask: Callable[[Fn, Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its value and its gradient are of one function, as in JAX: none is left over from an earlier trace."""
+    fn, changes = changing(name, monkeypatch)
+    whole = levels(fn)
+    crossed = functools.partial(whole, {}) if isinstance(fn, torch.nn.Module) else whole
+    for change in (lambda: None, *changes):
+        change()
+        fresh = levels(fn)  # which has traced nothing
+        anew = functools.partial(fresh, {}) if isinstance(fn, torch.nn.Module) else fresh
+        assert_same(ask(lambda x: crossed(x), examples), ask(lambda x: anew(x), examples))
+
+
 def test_what_a_call_has_kept_is_nobodys_gradient() -> None:
     """An activation in a dict or a list, of a call that is over: of autograd, of a batch, of a trace."""
     kept: dict[str, Any] = {"all": []}

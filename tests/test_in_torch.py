@@ -1955,6 +1955,34 @@ def test_an_error_in_double_precision_leaves_jax_as_it_was() -> None:
     assert grad(out, x)[0].dtype is torch.float64
 
 
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_function_and_its_derivatives_are_one_program(wide: bool) -> None:
+    """What it reads beside its arguments was read when it was traced, as in `jax.jit`: by all of them at once."""
+    factor, entered = 1.0, []
+
+    def scaled(x: jax.Array) -> jax.Array:
+        entered.append(x.shape)
+        return (jnp.sin(x) * factor).sum()
+
+    f, x = levels(scaled), leaf(0.5, 1.0, dtype=torch.float64 if wide else torch.float32)
+    native, detached = x.sin().sum(), x.detach()
+    first = f(detached)
+    factor = 2.0
+    once = grad(f(x), x, create_graph=True)[0]
+    assert torch.equal(f(x), first)
+    torch.testing.assert_close(first, native.detach())
+    torch.testing.assert_close(once, x.cos())
+    torch.testing.assert_close(grad(f(x), x)[0], x.cos().detach())
+    torch.testing.assert_close(grad(once.sum(), x)[0], -x.sin().detach())
+    torch.testing.assert_close(torch.func.grad(f)(detached), detached.cos())
+    torch.testing.assert_close(torch.func.jvp(f, (detached,), (detached,))[1], (detached.cos() * detached).sum())
+    torch.testing.assert_close(torch.func.vmap(f)(detached[None])[0], first)
+    torch.testing.assert_close(torch.func.hessian(f)(detached), torch.diag(-detached.sin()))
+    with torch.autograd.graph.save_on_cpu():
+        torch.testing.assert_close(grad(f(x), x)[0], x.cos().detach())
+    assert entered == [(2,)]
+
+
 def test_an_error_of_jax_is_jaxs() -> None:
     """Shapes that do not go together."""
     native = error_of(lambda: jnp.ones(2) @ jnp.ones(3))

@@ -105,7 +105,7 @@ def capture(flat: TorchFlat, avals: tuple[Aval, ...], active: Mask) -> Capture |
 def capture_or_reason(flat: TorchFlat, avals: tuple[Aval, ...], active: Mask) -> Capture | str:
     """The same, or why it has to be recomputed."""
     key = ("capture", avals, active, x64_enabled())
-    return flat.memo(key, lambda: _try_capture(flat, avals, active))
+    return flat.memo_of_now(key, lambda: _try_capture(flat, avals, active))
 
 
 def _try_capture(flat: TorchFlat, avals: tuple[Aval, ...], active: Mask) -> Capture | str:

@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import jax
 import numpy as np
@@ -60,6 +60,9 @@ _asarray: Any = np.asarray
 _from_numpy = torch.from_numpy
 
 
+_T = TypeVar("_T")
+
+
 class Modes(Protocol):
     """What a trace of a function depends on beside arguments and torch's own state: which of its modules train."""
 
@@ -69,6 +72,10 @@ class Modes(Protocol):
 
     def tensors(self) -> list[torch.Tensor]:
         """What it reads beside its arguments, and may write to."""
+        ...
+
+    def constants(self) -> Hashable:
+        """What it reads beside arguments and tensors: what was traced is of these."""
         ...
 
     def put_back(self) -> Any:
@@ -125,7 +132,18 @@ class TorchFlat(Flat):
 
     def outputs(self, avals: tuple[Aval, ...]) -> Outputs:
         """What is known of the outputs for inputs of these avals, in the dtypes that JAX keeps."""
-        return self.memo(("outputs", avals, x64_enabled()), lambda: self._outputs(avals))
+        return self.memo_of_now(("outputs", avals, x64_enabled()), lambda: self._outputs(avals))
+
+    def memo_of_now(self, key: Hashable, make: Callable[[], _T]) -> _T:
+        """What was made for this key, or is made again, where what the function reads has changed since."""
+        now = self.modes.constants() if self.modes else None
+        found: tuple[Hashable, _T] | None = self.memos.get(key)
+        if found is None or found[0] != now:
+            with self.lock:
+                found = self.memos.get(key)
+                if found is None or found[0] != now:
+                    found = self.memos[key] = now, make()
+        return found[1]
 
     def _outputs(self, avals: tuple[Aval, ...]) -> Outputs:
         promised: Callable[[Sequence[Aval]], Outputs] | None = self.known or self.levels.example_output

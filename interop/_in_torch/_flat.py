@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import jaxpr_as_fun
 
 from interop._abstract import Aval, Outputs, infer_jax
 from interop._derive import Axes, Flat, FlatFn, Mask, Static, fill, join, pick
@@ -96,6 +98,15 @@ class _Ran(threading.local):
 RAN = _Ran()
 
 
+class _Tracing(threading.local):
+    """Whether a function is traced for one that is derived from it."""
+
+    inside = False
+
+
+_TRACING = _Tracing()
+
+
 def owned(x: Any) -> Any:
     """A value in memory that nobody else has, and that is there: what is not traced may keep it, or be given away."""
     if isinstance(x, int | float | complex | jax.core.Tracer):
@@ -118,6 +129,7 @@ class JaxFlat(Flat):
         unasked: nanoseconds, by estimate, of gradients that came with a value and were not asked for.
         name_of_op: the name that the op calls it by in this process.
         since: when the trace began that is being compiled; None but in a call that traces.
+        body: the function as it was given; `fn` is what a trace has made of it.
         jitted: the compiled function; `jax.jit` keeps one program per shapes and dtypes. For `as_torch(jit=False)`, the
             function itself, on values of its own.
     """
@@ -131,10 +143,14 @@ class JaxFlat(Flat):
     unasked: float = field(default=0.0, init=False)
     name_of_op: str = field(init=False)
     since: float | None = field(default=None, init=False)
+    body: FlatFn = field(init=False, repr=False)
     jitted: Callable[..., tuple[Leaves, Static]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self.body = self.fn
         self.jitted = jax.jit(self._traced) if self.levels.jit else self._run
+        if self.levels.jit:
+            self.fn = self._as_traced
         self.name_of_op = FLATS.add(self)
 
     def exported_name(self) -> str:
@@ -179,13 +195,29 @@ class JaxFlat(Flat):
         if _config.jax_disable_jit:  # residuals are told apart in a trace: there has to be one
             with jax.disable_jit(False):
                 return self.jitted(*leaves)
+        if _TRACING.inside:  # whoever asks has told
+            return self.body(*leaves)
         tell(self.name, "traced for %s", lambda: describe_all(leaves))
         self.since = time.perf_counter()
         try:
-            return self.fn(*leaves)
+            return self.body(*leaves)
         except BaseException:
             self.since = None
             raise
+
+    def _as_traced(self, *leaves: Leaf) -> tuple[Leaves, Static]:
+        """The function as its compiled program has it, for what is derived from it.
+
+        What it reads beside its arguments was read once, when it was first traced for such arguments.
+        """
+        before, _TRACING.inside = _TRACING.inside, True
+        try:
+            with jax.disable_jit(False) if _config.jax_disable_jit else contextlib.nullcontext():
+                traced: Any = self.jitted.trace(*leaves)  # type: ignore[attr-defined]
+        finally:
+            _TRACING.inside = before
+        outs = jaxpr_as_fun(traced.jaxpr)(*leaves)
+        return jax.tree.unflatten(jax.tree.structure(traced.out_info), outs)
 
     def tell_compiled(self) -> None:
         """Tell of the trace and the compilation that the call has just had."""
