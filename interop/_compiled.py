@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from interop._errors import ContainerError, UnsupportedError
@@ -63,6 +64,9 @@ def _take_apart(x: Any, leaves: list[Any]) -> Any:
         return _opened(x, names, leaves)
     if isinstance(x, torch.Tensor) or (isinstance(x, int | float | complex) and not isinstance(x, bool)):
         leaves.append(x)
+        return ("leaf", len(leaves) - 1)
+    if isinstance(x, np.ndarray):
+        leaves.append(torch.from_numpy(x))
         return ("leaf", len(leaves) - 1)
     if x is None or isinstance(x, bool | str):
         return ("static", x)

@@ -309,7 +309,7 @@ def refuse_foreign(t: torch.Tensor) -> torch.Tensor:
     """The tensor itself; raises `LeafError` for one whose memory is not its value, even with its lazy bits applied."""
     if torch_private.is_traced(t):
         raise LeafError(
-            "a tensor without a value, which was kept while the function was traced",
+            f"a tensor without a value ({type(t).__name__}), which was kept while the function was traced",
             hint="Make what it keeps before it is traced, or call it once outside jit",
         )
     if type(t) not in PLAIN:

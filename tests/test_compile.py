@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
 from torch._dynamo import compiled_autograd
@@ -1244,6 +1245,21 @@ TRIPS += ["a function that kept its name", "partial", "not traced", "parameter",
 def test_an_exported_program_runs_in_another_process(name: str, strict: bool, trip: dict[str, tuple[str, str]]) -> None:
     """One that imports the same module."""
     assert trip[f"{name}-{strict}"] == ("saved", "right")
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_an_array_of_numpy_is_an_argument(fullgraph: bool) -> None:
+    """One that is closed over, one that is given, and one that is made of a tensor."""
+    times = levels(lambda x, y: x * y)
+    array, x = np.array([1.0, 2.0, 3.0], np.float32), torch.ones(3)
+    compiled = functools.partial(torch.compile, backend="aot_eager", fullgraph=fullgraph)
+    assert compiled(lambda x: times(x, array))(x).tolist() == [1, 2, 3]
+    assert compiled(lambda x, y: times(x, {"y": y}["y"]))(x, array).tolist() == [1, 2, 3]
+    assert compiled(lambda x: times(x, x.numpy() * 3))(x).tolist() == [3, 3, 3]
+    x.requires_grad_()
+    compiled(lambda x: times(x, array).sum())(x).backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [1, 2, 3]
 
 
 def test_no_two_processes_name_a_function_alike(run_python: Callable[..., str]) -> None:

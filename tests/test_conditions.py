@@ -34,6 +34,19 @@ def _validated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)
 
 
+class Counted:
+    """A function that counts how often Python enters it, on values and on fakes."""
+
+    def __init__(self, fn: Fn) -> None:
+        self.fn = fn
+        self.real = self.fake = 0
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        self.fake += is_fake(x)
+        self.real += not is_fake(x)
+        return self.fn(x)
+
+
 # --- branches ---------------------------------------------------------------------------------------------------------
 
 
@@ -141,14 +154,9 @@ def test_a_function_that_draws_on_one_way_is_random() -> None:
 
 def test_what_a_trace_knows_it_does_not_ask() -> None:
     """A constant has one answer."""
-    entered = []
-
-    def fn(x: torch.Tensor) -> torch.Tensor:
-        entered.append(is_fake(x))
-        return x if torch.tensor(True) else x[:1]
-
+    fn = Counted(lambda x: x if torch.tensor(True) else x[:1])
     assert jax.jit(levels(fn))(jnp.ones(3)).shape == (3,)
-    assert entered == [True, False]
+    assert (fn.fake, fn.real) == (1, 1)
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -204,17 +212,12 @@ def test_what_a_function_checks_is_checked_in_a_program(fn: Fn, run: Fn) -> None
 
 def test_a_function_with_checks_is_captured() -> None:
     """It is followed once, once more for each check, and traced with its gradient; its gradient does not run it."""
-    real, fake = [], []
-
-    def fn(x: torch.Tensor) -> torch.Tensor:
-        (fake if is_fake(x) else real).append(x.shape)
-        return Normal(x, x).log_prob(positive(x)).sum()
-
+    fn = Counted(lambda x: Normal(x, x).log_prob(positive(x)).sum())
     gradient = jax.jit(jax.grad(levels(fn)))
     for _ in range(2):
         assert np.isfinite(gradient(jnp.array([1.5, 2.0, 3.0]))).all()
     checks = 4  # the mean, the deviation, what is in its support; and that it is positive
-    assert (len(real), len(fake)) == (0, 1 + checks + 1)
+    assert (fn.real, fn.fake) == (0, 1 + checks + 1)
 
 
 def test_a_sample_and_its_gradient_are_one_draw() -> None:

@@ -1955,6 +1955,28 @@ def test_an_error_in_double_precision_leaves_jax_as_it_was() -> None:
     assert grad(out, x)[0].dtype is torch.float64
 
 
+def test_no_tracer_is_left_of_a_trace() -> None:
+    """`jax.checking_leaks` finds none."""
+    for fn in (jnp.sin, lambda x: (jnp.sin(x) * x).sum(), lambda x: jnp.linalg.inv(jnp.outer(x, x) + jnp.eye(2)).sum()):
+        x = leaf(0.5, 1.0)
+        with jax.checking_leaks():
+            found = grad(levels(fn)(x).sum(), x)[0]
+        assert torch.equal(found, grad(levels(fn)(x).sum(), x)[0])
+
+
+def test_a_gradient_that_came_with_its_value_is_exact_where_its_multiple_is_not() -> None:
+    """Of 1 it may be infinite, and an infinite cotangent times a gradient of zero is no number."""
+    steep, kinked = levels(lambda x: jnp.exp(2 * x).sum()), levels(lambda x: jnp.where(x > 0, x, 0).sum())
+    x = leaf(44.25)
+    for scale in (1e-3, 0.5, 0.0):
+        native = torch.func.grad(lambda x, scale=scale: steep(x) * scale)(x.detach())
+        assert torch.equal(grad(steep(x) * scale, x)[0], native)
+        out = steep(x) * scale
+        assert torch.equal(grad(out, x, retain_graph=True)[0], grad(out, x)[0])
+    y = leaf(1.0, -1.0)
+    assert grad(kinked(y), y, torch.tensor(torch.inf))[0].tolist() == [torch.inf, 0]
+
+
 @pytest.mark.parametrize("wide", [False, True])
 def test_a_function_and_its_derivatives_are_one_program(wide: bool) -> None:
     """What it reads beside its arguments was read when it was traced, as in `jax.jit`: by all of them at once."""

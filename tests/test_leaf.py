@@ -401,7 +401,7 @@ REFUSED_TENSORS: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
     "quantized": (_quantized, "quint8"),
     "nested": (_nested, "nested"),
     "meta": (lambda: torch.ones(2, device="meta"), "meta"),
-    "fake": (_fake, "a tensor without a value"),
+    "fake": (_fake, "FakeTensor"),
     "subclass": (lambda: torch.ones(2).as_subclass(Subclass), "Subclass"),
     "complex32": (lambda: torch.ones(2, dtype=torch.complex32), "complex32"),
     "int4": (lambda: torch.empty(2, dtype=torch.int4), "int4"),

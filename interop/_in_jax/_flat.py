@@ -142,7 +142,8 @@ class TorchFlat(Flat):
             with self.lock:
                 found = self.memos.get(key)
                 if found is None or found[0] != now:
-                    found = self.memos[key] = now, make()
+                    made = make()  # which may itself have changed what the function reads: a list of its calls, say
+                    found = self.memos[key] = self.modes.constants() if self.modes else None, made
         return found[1]
 
     def _outputs(self, avals: tuple[Aval, ...]) -> Outputs:

@@ -9,6 +9,7 @@ which knows what it is under fake tensors and tracers (`_Traced`), and below `to
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -281,13 +282,15 @@ class _Eager(torch.autograd.Function):
         flat, plan, xs, versions, residuals = ctx.kept
         if plan.scaled and not _is_grad_enabled() and plan.serves(cotangents):
             flat.unasked = max(0.0, flat.unasked - plan.price)
-            if not _keeps_graph():
-                ctx.kept = None
-            return _scaled(flat, plan, residuals, cotangents)
+            scaled = _scaled(flat, plan, residuals, cotangents)
+            if scaled is not None:
+                if not _keeps_graph():
+                    ctx.kept = None
+                return scaled
         need = ctx.needs_input_grad[1:]
         present = tuple([c is not None for c in cotangents])
         # create_graph: from the original function and its primals, so that any order works
-        if _is_grad_enabled() or not plan.serves(cotangents):
+        if _is_grad_enabled() or plan.scaled:  # what came with the value has not served
             wanted = plan.reach(need, present)
             grads = _higher_order(flat, _unchanged(xs, versions), wanted, present, cotangents)
         else:
@@ -337,16 +340,28 @@ class _Unjitted(torch.autograd.Function):
         return None, *fill((None,) * len(need), need, tuple(grads))
 
 
-def _scaled(flat: JaxFlat, plan: Plan, gradients: Sequence[jax.Array], cotangents: Sequence[Any]) -> tuple[Any, ...]:
-    """Gradients that came with the value, times the one cotangent; None first, for what is no leaf."""
+def _scaled(
+    flat: JaxFlat, plan: Plan, gradients: Sequence[jax.Array], cotangents: Sequence[Any]
+) -> tuple[Any, ...] | None:
+    """Gradients that came with the value, times the one cotangent; None first, for what is no leaf.
+
+    None instead, where a product is not finite that might be: an infinity may be one of the gradients of 1 alone, and
+    times zero it is no number.
+    """
     cotangent = cotangents[0] if plan.count == 1 else pick(tuple(cotangents), plan.inexact)[0]
     if type(cotangent) not in PLAIN and not torch_private.is_traced(cotangent):
         with flat.blamed():
             resolve(cotangent)
-    view = None if _keeps_graph() else view_of(cotangent)  # of a retained graph, the gradients are asked for again
-    if view is not None and view.item() == 1:  # the cotangent of a loss: to look costs less than to multiply
+    view = view_of(cotangent)
+    number = None if view is None else view.item()
+    # The cotangent of a loss: to look costs less than to multiply. Of a retained graph, they are asked for again.
+    if number == 1 and not _keeps_graph():
         return None, *[None if i is None else export(gradients[i]) for i in plan.gradients]
-    return None, *[None if i is None else export(gradients[i]) * cotangent for i in plan.gradients]
+    products = [None if i is None else export(gradients[i]) * cotangent for i in plan.gradients]
+    is_safe = number is None or 1 <= abs(number) < math.inf
+    if is_safe or all(product is None or torch.isfinite(product).all() for product in products):
+        return None, *products
+    return None
 
 
 def _freed() -> RuntimeError:

@@ -19,6 +19,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+import torch
 from jax.extend.core import jaxpr_as_fun
 
 from interop._abstract import Aval, Outputs, infer_jax
@@ -84,7 +85,8 @@ class Names:
         return found
 
 
-FLATS = Names()
+# Whoever imports the library a second time shares the operation that is registered, and its names.
+FLATS: Names = vars(torch.ops.interop).setdefault("_names", Names())
 os.register_at_fork(after_in_child=FLATS.new_process)
 
 

@@ -336,6 +336,7 @@ def _described(
             saved.append(origin.get(key) or ("residual", len(residuals)))
             if key not in origin:
                 residuals.append(k.plain)
+        k.plain = None  # the trace ends before the plan does
 
     shapes = [jax.typeof(out) for out in some]
 
