@@ -230,6 +230,10 @@ TURNED: dict[str, Fn] = {  # of values whose memory is in another order than the
     "rand_like": lambda x: x.T * torch.rand_like(x.T),
     "fill": lambda x: x.T * torch.empty_like(x.T).normal_(),
     "bernoulli": lambda x: x.T * torch.bernoulli(x.T.sigmoid()),
+    "by keyword": lambda x: dropout(input=x.T * 1, p=0.5, inplace=True),
+    "normal of a number": lambda x: x.T * torch.normal(0.0, x.T),
+    "normal of numbers": lambda x: x.T * torch.normal(0.0, 1.0, (8, 8)),
+    "normal of two": lambda x: x.T * torch.normal(x, x.T).detach(),
     "channels last": lambda x: dropout(x.reshape(1, 4, 4, 4).to(memory_format=torch.channels_last), 0.5),
 }
 

@@ -75,12 +75,22 @@ class InOrder(TorchFunctionMode):
         if func in _FILLS and not args[0].is_contiguous():
             dense = torch.empty_like(args[0], memory_format=torch.contiguous_format)
             return args[0].copy_(func(dense, *args[1:], **kwargs))
-        if func in _DRAWS and args and not args[0].is_contiguous():
+        if func in _DRAWS and not all(map(_is_dense, (*args, *kwargs.values()))):
             place = _DRAWS[func]
-            writes = kwargs.pop("inplace", False) or args[place : place + 1] == (True,)
-            drawn = func(*[x.contiguous() if isinstance(x, torch.Tensor) else x for x in args[:place]], **kwargs)
-            return args[0].copy_(drawn) if writes else drawn
+            writes = kwargs.get("inplace") or args[place : place + 1] == (True,)
+            options = {name: _dense(x) for name, x in kwargs.items() if name not in ("inplace", "out")}
+            drawn = func(*map(_dense, args[:place]), **options)
+            target = (args[0] if args else kwargs["input"]) if writes else kwargs.get("out")
+            return drawn if target is None else target.copy_(drawn)
         return func(*args, **kwargs)
+
+
+def _is_dense(x: Any) -> bool:
+    return not isinstance(x, torch.Tensor) or x.is_contiguous()
+
+
+def _dense(x: Any) -> Any:
+    return x if _is_dense(x) else x.contiguous()
 
 
 _FILLS = frozenset(
