@@ -88,8 +88,7 @@ def infer_torch(flat: Flat, avals: Sequence[Aval]) -> Outputs:
     raised: dict[Answers, str] = {}
     waiting: list[Answers] = [()]
     while waiting:
-        answers = waiting.pop()
-        path = _Path(answers, room=_MAX_PATHS - len(found) - len(raised) - len(waiting))
+        path = _Path(waiting.pop(), room=_MAX_PATHS - len(found) - len(raised) - len(waiting))
         try:
             outputs = path.follow(flat, avals)
         except Exception as error:

@@ -55,11 +55,11 @@ _once: Any = functools.partial(functools.lru_cache, maxsize=1024)
 
 
 def _open_mapping(x: Any) -> Opened:
-    container = _mapping if _NAMES.issuperset(map(type, x)) else _mapping.__wrapped__  # other keys are not kept alive
+    container = _mapping if NAMES.issuperset(map(type, x)) else _mapping.__wrapped__  # other keys are not kept alive
     return container(type(x), *x), x.values()
 
 
-_NAMES = frozenset({str, int})
+NAMES = frozenset({str, int})
 
 
 @_once()

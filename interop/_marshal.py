@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from interop._closed_over import first, slots_of
-from interop._containers import OPENERS, Container, opener_for
+from interop._containers import NAMES, OPENERS, Container, opener_for
 from interop._errors import ContainerError
 from interop._leaf import describe
 from interop._private import jax as jax_private
@@ -425,9 +425,11 @@ class Marshaller:
         """Remember the structure of a call whose leaves, so many, are its arguments and what is in dicts."""
         leaves, shape = _look(args)
         names = (type(key) for x in args if type(x) is dict for key in x)
-        spec.shallow = len(leaves) == count and _DYNAMIC.issuperset(map(_kind_of, leaves)) and _NAMES.issuperset(names)
+        kinds = map(KINDS.get, map(type, leaves))
+        # Other keys are not kept alive.
+        spec.shallow = len(leaves) == count and _DYNAMIC.issuperset(kinds) and NAMES.issuperset(names)
         if spec.shallow:
-            known, shape = (self.plain, tuple(map(type, args))) if spec.plain else (self.shallow, shape)
+            known = self.plain if spec.plain else self.shallow
             if len(known) >= self.capacity:
                 known.clear()
             known[shape] = spec
@@ -468,12 +470,6 @@ class Marshaller:
 
 
 _DYNAMIC = frozenset(Kind) - {Kind.STATIC}
-_NAMES = frozenset({str, int})  # other keys are not kept alive
-
-
-def _kind_of(x: Any) -> Kind | None:
-    """What the type alone says."""
-    return KINDS.get(type(x))
 
 
 def _look(args: tuple[Any, ...]) -> tuple[list[Any], tuple[Any, ...]]:

@@ -136,14 +136,16 @@ class TorchFlat(Flat):
 
     def memo_of_now(self, key: Hashable, make: Callable[[], _T]) -> _T:
         """What was made for this key, or is made again, where what the function reads has changed since."""
-        now = self.modes.constants() if self.modes else None
+        if self.modes is None:
+            return self.memo(key, make)
+        now = self.modes.constants()
         found: tuple[Hashable, _T] | None = self.memos.get(key)
         if found is None or found[0] != now:
             with self.lock:
                 found = self.memos.get(key)
                 if found is None or found[0] != now:
                     made = make()  # which may itself have changed what the function reads: a list of its calls, say
-                    found = self.memos[key] = self.modes.constants() if self.modes else None, made
+                    found = self.memos[key] = self.modes.constants(), made
         return found[1]
 
     def _outputs(self, avals: tuple[Aval, ...]) -> Outputs:
@@ -229,7 +231,8 @@ class TorchFlat(Flat):
         def fn(*leaves: Leaf) -> tuple[Leaves, Static]:
             outs, structure = by_rule(*leaves)
             example = tuple(_without_axis(aval_of(x), axis) for x, axis in zip(leaves, in_axes, strict=True))
-            for out, aval in zip(outs, self._inferred(example), strict=False):
+            inferred = self.memo_of_now(("inferred", example, x64_enabled()), lambda: self._inferred(example))
+            for out, aval in zip(outs, inferred, strict=False):
                 if out.shape[1:] != aval.shape or (is_inexact(aval) and NUMPY_OF[out.dtype] != aval.dtype):
                     raise TypeError(f"a batch of {describe(out)} where one example is {describe(aval)}")
             return outs, structure
