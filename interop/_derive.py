@@ -202,7 +202,7 @@ def derive_vjp(flat: Flat, nonzero: Mask, present: Mask) -> FlatFn:
             inexact[:] = [side.is_inexact(out) for out in outs]
             return pick(outs, tuple(inexact))
 
-        outs, pull = side.vjp(part, *pick(primals, nonzero))
+        outs, pull = side.vjp(part, *pick(primals, nonzero), reads=primals)
         here = pick(present, tuple(inexact))
         cotangents = tuple(
             side.conjugated(next(given)) if p else side.zeros_like(o) for p, o in zip(here, outs, strict=True)

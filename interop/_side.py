@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import torch
 
+from interop._twice import twice
+
 Leaf: TypeAlias = Any
 Leaves: TypeAlias = tuple[Any, ...]
 LeavesFn: TypeAlias = Callable[..., Leaves]
@@ -50,13 +52,20 @@ class Side:
 _func: Any = torch.func  # its results are typed as tuples of two or of three
 
 
-def _torch_vjp(fn: LeavesFn, *primals: Leaf) -> tuple[Leaves, Callable[[Leaves], Leaves]]:
-    outs, pull = _func.vjp(fn, *primals)
+def _torch_vjp(fn: LeavesFn, *primals: Leaf, reads: Leaves = ()) -> tuple[Leaves, Callable[[Leaves], Leaves]]:
+    recorded: list[Leaves] = []
+
+    def recording(*active: Leaf) -> Leaves:
+        recorded[:] = [fn(*active)]
+        return recorded[0]
+
+    outs, pull = _func.vjp(recording, *primals)
+    pull_twice = twice(lambda cotangents: pull(tuple(cotangents)), reads, recorded[0])
 
     def pull_with_graph(cotangents: Leaves) -> Leaves:
         # Pulled under no_grad and then differentiated forward, det, solve and their kin give wrong numbers.
         with torch.enable_grad():
-            return tuple(pull(cotangents))
+            return tuple(pull_twice(cotangents))
 
     return outs, pull_with_graph
 
@@ -86,6 +95,12 @@ TORCH = Side(
     vmap=_torch_vmap,
 )
 
+
+def _jax_vjp(fn: LeavesFn, *primals: Leaf, reads: Leaves = ()) -> tuple[Leaves, Callable[[Leaves], Leaves]]:
+    del reads  # no rule of JAX's is opaque to a second derivative
+    return jax.vjp(fn, *primals)
+
+
 JAX = Side(
     name="JAX",
     leaf_name="array",
@@ -97,6 +112,6 @@ JAX = Side(
     copy=lambda x: x,  # nobody writes to an array
     zeros_like=jnp.zeros_like,
     jvp=jax.jvp,
-    vjp=jax.vjp,
+    vjp=_jax_vjp,
     vmap=lambda fn, in_axes: jax.vmap(fn, in_axes=in_axes),
 )

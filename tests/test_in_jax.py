@@ -1066,6 +1066,27 @@ def test_a_result_that_is_no_array_is_not_what_was_promised() -> None:
         jax.block_until_ready(jax.jit(jax.grad(lambda x: f(x)))(examples[0]))
 
 
+def half_followed(x: torch.Tensor) -> torch.Tensor:
+    """A product of which autograd follows one factor."""
+    with torch.no_grad():
+        factor = 2 * x
+    return (x * factor).sum()
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_forward_mode_is_of_what_backward_is(wrap: Callable[..., Any]) -> None:
+    """Torch's own follows what is computed under no_grad, and has another derivative than backward."""
+    f, x = levels(half_followed), examples[0]
+    expected = 2 * x
+    assert_same(wrap(jax.grad(f))(x), expected)
+    assert_same(wrap(jax.jacfwd(f))(x), expected)
+    assert_same(wrap(lambda x: jax.jvp(f, (x,), (x,))[1])(x), expected @ x)
+    assert_same(wrap(jax.vmap(jax.jacfwd(f)))(examples), 2 * examples)
+    assert_same(wrap(jax.hessian(f))(x), jnp.zeros((3, 3)))
+    own = torch.func.jvp(half_followed, (torch.ones(3),), (torch.ones(3),))[1]
+    assert own == 12, "torch's forward mode knows no_grad now: leave jvp_by_forward_mode to it"
+
+
 class Cubed(torch.autograd.Function):
     """With a backward that says nothing of its own derivative."""
 
@@ -1082,17 +1103,62 @@ class Cubed(torch.autograd.Function):
         return 3 * cotangent * ctx.saved_tensors[0] ** 2
 
 
-@pytest.mark.parametrize(
-    "fn", [lambda x: Cubed.apply(x).sum(), lambda x: (Cubed.apply(x) * x).sum()], ids=["all", "part"]
-)
-def test_a_backward_that_is_not_differentiable_has_no_forward_mode(fn: Fn) -> None:
-    """A tangent by the transpose of the transpose would lose what goes through it."""
-    f, at = levels(fn), (examples[0],)
-    x = torch.tensor(examples[0].tolist(), requires_grad=True)
-    assert_same(jax.grad(f)(*at), torch.autograd.grad(fn(x), x)[0])
-    for ask in (lambda: jax.jvp(f, at, at), lambda: jax.jacfwd(f)(*at), lambda: jax.hessian(f)(*at)):
-        with pytest.raises(interop.NotDifferentiableError, match="once_differentiable"):
-            ask()
+class CubedByParts(torch.autograd.Function):
+    """The same, written in the way that `torch.func` takes."""
+
+    @staticmethod
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        """The value."""
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        """What the rule reads."""
+        del output
+        ctx.save_for_backward(*inputs)
+
+    backward = Cubed.backward
+
+
+def summed_gradient(f: Fn) -> Fn:
+    """The sum of its gradient."""
+    return lambda x: jax.grad(f)(x).sum()
+
+
+TWICE: dict[str, Callable[[Fn, Any], Any]] = {
+    "jvp": lambda f, x: jax.jvp(f, (x,), (x,)),
+    "jacfwd": lambda f, x: jax.jacfwd(f)(x),
+    "hessian": lambda f, x: jax.hessian(f)(x),
+    "reverse over reverse": lambda f, x: jax.grad(summed_gradient(f))(x),
+    "Jacobian of the gradient": lambda f, x: jax.jacrev(jax.grad(f))(x),
+    "a batch of them": lambda f, x: jax.vmap(jax.grad(summed_gradient(f)))(jnp.stack([x, x])),
+    "third order": lambda f, x: jax.grad(summed_gradient(summed_gradient(f)))(x),
+}
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("ask", rows(TWICE))
+@pytest.mark.parametrize("function", [Cubed, CubedByParts])
+def test_a_backward_that_is_once_differentiable_is_not_differentiated(
+    function: type[torch.autograd.Function], ask: Callable[[Fn, Any], Any], wrap: Callable[..., Any]
+) -> None:
+    """The transpose of the transpose would lose what goes through it, and a second derivative would be zero."""
+    for fn in (lambda x: function.apply(x).sum(), lambda x: (function.apply(x) * x).sum()):
+        f, at = levels(fn), examples[0]
+        x = torch.tensor(at.tolist(), requires_grad=True)
+        assert_same(jax.grad(f)(at), torch.autograd.grad(fn(x), x)[0])
+        with pytest.raises((interop.NotDifferentiableError, jax.errors.JaxRuntimeError), match="once_differentiable"):
+            jax.block_until_ready(wrap(lambda x: ask(f, x))(at))  # noqa: B023 - called at once
+
+
+def test_a_mixed_derivative_through_once_differentiable_is_refused_too() -> None:
+    """Also where what is differentiated again was a constant of the gradient; what does not pass there is there."""
+    f = levels(lambda w, x: (Cubed.apply(w * x) + w**2 * x).sum())
+    at, w = examples[0], jnp.float32(2.0)
+    with pytest.raises(interop.NotDifferentiableError, match="once_differentiable"):
+        jax.grad(lambda w: jax.grad(f, argnums=1)(w, at).sum())(w)
+    beside = levels(lambda w, x: Cubed.apply(x).sum() + w**3)
+    assert jax.grad(jax.grad(beside))(w, at) == 12
 
 
 def test_a_shape_that_is_not_declared_is_asked_for() -> None:

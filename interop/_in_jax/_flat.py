@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from interop._abstract import Aval, Outputs, aval_of, check_promise, check_structure, infer_torch, narrowed
-from interop._derive import NOTHING, Axes, Flat, FlatFn, Mask, Static, derive_jvp, derive_vjp, derive_vmap
+from interop._derive import NOTHING, Axes, Flat, FlatFn, Mask, Static, derive_vjp, derive_vmap
 from interop._errors import DeviceError, InteropError, PrecisionError
 from interop._in_jax._graph import Graph
 from interop._in_jax._random import InOrder, seeding
@@ -25,6 +25,7 @@ from interop._in_jax._ways import (
     first_that_runs,
     followed,
     jvp_by_autograd,
+    jvp_by_forward_mode,
     jvp_by_transposes,
     loop,
     vjp_by_autograd,
@@ -170,7 +171,7 @@ class TorchFlat(Flat):
 
     def _jvp(self, nonzero: Mask) -> Self:
         base = self._followed()
-        forward, twice = self._again(derive_jvp(base, nonzero)), self._again(jvp_by_transposes(base, nonzero))
+        forward, twice = (self._again(way(base, nonzero)) for way in (jvp_by_forward_mode, jvp_by_transposes))
         in_torchs_way = self._again(jvp_by_autograd(base, nonzero))
         name, once = f"{self.name}.jvp", base.order == 0
         ways = (*((forward,) if once else ()), composite(forward), twice, composite(twice), in_torchs_way)

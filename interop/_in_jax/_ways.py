@@ -15,13 +15,14 @@ import torch.nn.functional as F  # noqa: N812 - as everybody calls it
 from torch.overrides import TorchFunctionMode
 
 from interop._abstract import aval_of, check_structure, infer_torch
-from interop._derive import NOTHING, Flat, FlatFn, Mask, Static, inexact_part, pick
+from interop._derive import NOTHING, Flat, FlatFn, Mask, Static, derive_jvp, inexact_part, pick
 from interop._errors import AbstractEvalError, InteropError, NotDifferentiableError, UnsupportedError
 from interop._in_jax._random import Watched, refused
 from interop._log import tell
 from interop._private import torch as torch_private
 from interop._side import TORCH, Leaf, Leaves
 from interop._threads import TAKING_TURNS
+from interop._twice import twice
 
 
 def first_that_runs(name: str, closed_over: Callable[[], list[torch.Tensor]], *ways: FlatFn) -> FlatFn:
@@ -76,8 +77,11 @@ def again(name: str, fn: FlatFn, closed_over: Callable[[], list[torch.Tensor]], 
         generators = Watched() if is_real and not keyed else None
         read = closed_over() if is_real else []
         written = _versions(read)
-        with torch_private.everything_is_saved():
-            result = fn(*leaves)
+        try:
+            with torch_private.everything_is_saved():
+                result = fn(*leaves)
+        except NotDifferentiableError as error:
+            raise error.of(name.partition(".")[0])  # noqa: B904 - the same error, named
         if generators and generators.were_drawn_from():
             raise refused(name, "a derivative ran it again, and drew others")
         if written != _versions(read):
@@ -128,6 +132,24 @@ def _needs_values(flat: Flat, leaves: Leaves) -> bool:
     except Exception:  # noqa: BLE001 - for another reason it can't be run here again
         return False
     return False
+
+
+def jvp_by_forward_mode(flat: Flat, nonzero: Mask) -> FlatFn:
+    """The derivative along tangents by torch's forward mode; raises where that follows what backward does not."""
+    jvp = derive_jvp(flat, nonzero)
+
+    def watched(*leaves: Leaf) -> tuple[Leaves, Static]:
+        with _NoGradIsRefused():
+            return jvp(*leaves)
+
+    return watched
+
+
+class _NoGradIsRefused(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch_private.set_grad_enabled and args == (False,):
+            raise RuntimeError("forward mode follows what is computed under no_grad")
+        return func(*args, **(kwargs or {}))
 
 
 def jvp_by_transposes(flat: Flat, nonzero: Mask) -> FlatFn:
@@ -201,7 +223,9 @@ def vjp_by_autograd(flat: Flat, nonzero: Mask, present: Mask) -> FlatFn:
         with torch.enable_grad():
             primals, outs = _recorded(flat, leaves[:count], nonzero)
         cotangents = [TORCH.conjugated(next(given)) if p else None for p in present]
-        grads = _gradients(outs, pick(primals, nonzero), cotangents, create_graph=again)
+        points = pick(primals, nonzero)
+        pull = twice(lambda given: _gradients(outs, points, given, create_graph=again), leaves[:count], outs)
+        grads = pull(cotangents)
         return tuple(map(TORCH.conjugated, grads)), NOTHING
 
     return vjp

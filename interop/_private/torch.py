@@ -61,6 +61,10 @@ dispatch_modes: Callable[[], int] = getattr(_C, "_len_torch_dispatch_stack", Non
 # Whether autocast is on, of any device.
 any_autocast: Callable[[], bool] = getattr(_C, "_is_any_autocast_enabled", None) or _always
 
+# What `torch.no_grad` and its kin call, as a function mode sees it. Without it forward mode is torch's own, which does
+# not know them.
+set_grad_enabled: Any = getattr(_C, "_set_grad_enabled", None)
+
 # The number of function modes in this thread; a default device is one.
 function_modes: Callable[[], int] = getattr(_C, "_len_torch_function_stack", None) or _always
 
