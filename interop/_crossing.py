@@ -22,10 +22,11 @@ import wrapt
 from interop import _compiled
 from interop._call import Entry, Record, Wrapper, located
 from interop._containers import is_container
-from interop._errors import OptionError, UnsupportedError
+from interop._errors import InteropError, OptionError, UnsupportedError
 from interop._located import look_up
 from interop._marshal import Tree
 from interop._notes import annotate
+from interop._symbolic import Symbolic
 
 is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
@@ -83,7 +84,10 @@ class BoundCrossing(_Signed, wrapt.BoundFunctionWrapper):  # type: ignore[misc, 
         if torch.compiler.is_dynamo_compiling():
             return self._self_parent._self_method(instance, *args, **kwargs)
         bound = self._self_parent._self_bound(instance)
-        return self.__wrapped__(*args, **kwargs) if bound is None else bound.call(args, kwargs)
+        try:
+            return self.__wrapped__(*args, **kwargs) if bound is None else bound.call(args, kwargs)
+        except Symbolic as argument:
+            return argument.written(self, args, kwargs)
 
 
 class Crossing(_Signed, wrapt.FunctionWrapper):  # type: ignore[misc, type-arg]
@@ -103,7 +107,10 @@ class Crossing(_Signed, wrapt.FunctionWrapper):  # type: ignore[misc, type-arg]
         if is_dynamo_compiling():
             return _compiled.call(self._self_token, self._self_record.jittable, args, kwargs)
         entry = self._self_entry
-        return self._self_uncrossed(args, kwargs) if entry is None else entry.call(args, kwargs)
+        try:
+            return self._self_uncrossed(args, kwargs) if entry is None else entry.call(args, kwargs)
+        except Symbolic as argument:
+            return argument.written(self, args, kwargs)
 
     def _self_uncrossed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the function itself, while no `as_*` decorator has come."""
@@ -141,8 +148,7 @@ class Crossing(_Signed, wrapt.FunctionWrapper):  # type: ignore[misc, type-arg]
         return _reduced(self)
 
     def __prepare_scriptable__(self) -> Any:
-        error = UnsupportedError("torch.jit.script has no words for a JAX function", hint="Use torch.export")
-        raise located(error, self._self_record.name)
+        raise no_script(self._self_record.name)
 
     def __copy__(self) -> Crossing:
         return Crossing(self._self_record)
@@ -214,6 +220,12 @@ def entry_of(crossing: Any, args: tuple[Any, ...]) -> tuple[Entry | None, tuple[
     elif isinstance(crossing, Crossing):
         entry = crossing._self_entry
     return (entry.entry, (entry.instance, *args)) if isinstance(entry, _Opened) else (entry, args)
+
+
+def no_script(name: str) -> InteropError:
+    """What `torch.jit.script` is told."""
+    error = UnsupportedError("torch.jit.script has no words for a JAX function", hint="Use torch.export")
+    return located(error, name)
 
 
 def _unused(*_: Any) -> Any:

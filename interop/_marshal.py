@@ -28,6 +28,7 @@ from interop._errors import ContainerError
 from interop._leaf import describe
 from interop._private import jax as jax_private
 from interop._signature import compile_binder, signature_of
+from interop._symbolic import Symbolic
 
 
 class Kind(enum.IntEnum):
@@ -70,6 +71,8 @@ def _kind(x: Any) -> Kind | None:
         return Kind.KEY if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else Kind.ARRAY
     elif isinstance(x, np.generic):
         kind = Kind.NUMPY
+    elif isinstance(x, torch.fx.Proxy):
+        raise Symbolic(x)
     elif isinstance(x, enum.Enum | torch.dtype | torch.device | torch.Size | np.dtype | type):
         kind = Kind.STATIC
     else:

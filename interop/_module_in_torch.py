@@ -12,7 +12,7 @@ from jax import Array
 from torch import Tensor
 from typing_extensions import ParamSpec, TypeVar, Unpack
 
-from interop._crossing import refine
+from interop._crossing import no_script, refine
 from interop._errors import LeafError, OptionError, UnsupportedError, blaming
 from interop._leaf import array_to_tensor, copy_to_keep, describe, tensor_of_numpy, traced_device
 from interop._models import MISSING, Applied, Form, Model, Structure, apart, taken_apart
@@ -212,6 +212,9 @@ class WrappedJaxFunction(torch.nn.Module, Generic[P, R_co]):
         if self.training:
             self._renew(new)
         return out
+
+    def __prepare_scriptable__(self) -> Any:
+        raise no_script(type(self).__name__)
 
     def _renew(self, new: Sequence[torch.Tensor]) -> None:
         """Write the state of after the call to the buffers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import types
@@ -26,12 +27,26 @@ def signature_of(fn: Callable[..., Any]) -> inspect.Signature:
     """The signature of a callable, annotations resolved where they can be; `(*args, **kwargs)` if none."""
     for resolve in (True, False):
         try:
-            return inspect.signature(fn, eval_str=resolve)
+            return _resolved(inspect.signature(fn, eval_str=resolve), fn)
         except (ValueError, TypeError):
             return _ANY
         except Exception:  # noqa: BLE001, S112 - whatever evaluating an annotation raises: it stays a string
             continue
     return _ANY
+
+
+def _resolved(signature: inspect.Signature, fn: Any) -> inspect.Signature:
+    """The signature with what is still a string looked up where the function under its wrappers was written."""
+    names = getattr(inspect.unwrap(fn), "__globals__", {})
+
+    def resolve(annotation: Any) -> Any:
+        if isinstance(annotation, str):
+            with contextlib.suppress(Exception):  # whatever evaluating it raises: it stays a string
+                return eval(annotation, names)  # noqa: S307 - as `inspect` does
+        return annotation
+
+    parameters = [p.replace(annotation=resolve(p.annotation)) for p in signature.parameters.values()]
+    return signature.replace(parameters=parameters, return_annotation=resolve(signature.return_annotation))
 
 
 _STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}

@@ -1304,6 +1304,12 @@ def works_or_is_refused() -> Iterator[None]:
         assert is_ours(error), repr(error)
 
 
+@levels
+def sine(x: jax.Array) -> jax.Array:
+    """Annotated, as TorchScript asks of what it calls."""
+    return jnp.sin(x)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("needs_grad", [False, True])
@@ -1314,10 +1320,48 @@ def test_traced_by_torch_jit(needs_grad: bool) -> None:
         close(graph(x + 1, y * 2), around(in_torch)(x + 1, y * 2))
 
 
+def scripted(x: torch.Tensor) -> torch.Tensor:
+    """A caller that the compiler of TorchScript can read."""
+    return sine(x) * 2
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_scripted_by_torch_jit() -> None:
-    with works_or_is_refused():
-        close(torch.jit.script(levels(tripled))(ramp(3)), torch.sin(ramp(3)) * 3)
+    """A function is not; a caller is, and calls it in Python."""
+    for refused in (levels(tripled), interop.WrappedJaxFunction(jnp.multiply, jnp.ones(3))):
+        with pytest.raises(interop.UnsupportedError, match=r"torch\.export"):
+            torch.jit.script(refused)
+    x = ramp(3)
+    close(value_and_gradients(torch.jit.script(scripted), x), value_and_gradients(lambda x: torch.sin(x) * 2, x))
+
+
+class Scaled:
+    """With a method of JAX's."""
+
+    @levels
+    def __call__(self, tree: dict[str, Any], *, power: int) -> dict[str, Any]:
+        """A value of each leaf."""
+        return {"first": tree["x"] ** power, "second": tree["y"] * 2}
+
+
+def test_written_down_by_symbolic_trace() -> None:
+    """One node of the graph, as an operation of torch is, whatever it takes; the parameters of a module are read."""
+    scale = Scaled()
+    nameless = levels(lambda x: jnp.sin(x))
+
+    def caller(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        out = scale({"x": x, "y": y}, power=3)
+        return ours(out["first"], out["second"]) + nameless(x)
+
+    x, y = ramp(3), ramp(3)
+    graph = torch.fx.symbolic_trace(caller)
+    assert [node.op for node in graph.graph.nodes].count("call_function") == 6
+    close(value_and_gradients(graph, x, y), value_and_gradients(caller, x, y))
+    module = torch.nn.Sequential(interop.WrappedJaxFunction(lambda p, x: p["w"] * x, {"w": jnp.ones(3)}))
+    traced = torch.fx.symbolic_trace(module)
+    assert "get_attr" in [node.op for node in traced.graph.nodes]
+    (gradient,) = grad(traced(x).sum(), tuple(module.parameters()))
+    close((traced(x), gradient), (module(x), x.detach()))
 
 
 @OF_STRUCTURES

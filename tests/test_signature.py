@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 import torch
 
@@ -75,14 +76,18 @@ def test_string_annotations_are_resolved() -> None:
     def f(x: "jax.Array") -> "jax.Array":
         return x
 
-    assert signature_of(f).parameters["x"].annotation is jax.Array
+    for fn in (f, jax.jit(f), functools.partial(f)):
+        assert signature_of(fn).parameters["x"].annotation is jax.Array
+    assert "Array" not in str(translate_signature(signature_of(jnp.sin), TORCH))
 
 
 def test_an_annotation_that_can_not_be_resolved_stays() -> None:
-    def f(x: "Missing") -> None:  # noqa: F821
+    def f(x: "Missing", y: "jax.Array") -> None:  # noqa: F821
         return x
 
-    assert signature_of(f).parameters["x"].annotation == "Missing"
+    parameters = signature_of(f).parameters
+    assert parameters["x"].annotation == "Missing"
+    assert parameters["y"].annotation is jax.Array
 
 
 ANNOTATIONS = [

@@ -14,6 +14,7 @@ by recomputing where neither is to be had. Higher orders are always derived from
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -21,6 +22,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.core
 import numpy as np
+from jax.experimental import jet
 from jax.experimental.buffer_callback import buffer_callback
 from jax.interpreters import ad, batching, mlir
 
@@ -305,6 +307,28 @@ def _backward_transpose(cotangents: Any, *operands: Any, flat: TorchFlat, active
     return [None] * (kept + len(active)) + list(moved)
 
 
+def _taylor(primitive: Any, primals: Sequence[Any], series: Sequence[Sequence[Any]], **params: Any) -> Any:
+    """The Taylor coefficients of the outputs along a curve whose coefficients are given: each by one more `jax.jvp`."""
+
+    def along(t: Any) -> list[Any]:
+        points = [x + sum(c * t**k for k, c in enumerate(terms, 1)) if is_inexact(x) else x
+                  for x, terms in zip(primals, series, strict=True)]  # fmt: skip
+        return [primitive.bind(*jax_private.vary(points), **params)]
+
+    order = len(series[0])
+    for _ in range(order):
+        along = functools.partial(_one_more_order, along)
+    outs, *moved = along(0.0)
+    terms = [[m / math.factorial(k) if is_inexact(out) else jax.numpy.zeros_like(out) for k, m in enumerate(column, 1)]
+             for out, column in zip(outs, zip(*moved, strict=True), strict=True)]  # fmt: skip
+    return outs, terms
+
+
+def _one_more_order(along: Callable[[Any], list[Any]], t: Any) -> list[Any]:
+    known, moved = jax.jvp(along, (t,), (jax.numpy.ones_like(t),))
+    return [*known, moved[-1]]
+
+
 # --- batching ---------------------------------------------------------------------------------------------------------
 
 
@@ -466,6 +490,9 @@ _register(
         trusted=True,
     ),
 )
+for _primitive in (torch_call, torch_forward, torch_linear, torch_backward):
+    jet.jet_rules[_primitive] = functools.partial(_taylor, _primitive)
+    jax_private.look_for_nan(_primitive)
 ad.primitive_jvps[torch_call] = _call_jvp
 ad.primitive_jvps[torch_forward] = _forward_jvp
 ad.primitive_jvps[torch_linear] = _linear_jvp

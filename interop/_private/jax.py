@@ -16,6 +16,7 @@ from interop._private import PUBLIC_ONLY
 _jax: Any = None
 _core: Any = None
 _xla_bridge: Any = None
+_checkify: Any = None
 _lax: Any = None
 _effects: Any = None
 _tree_util: Any = None
@@ -23,6 +24,7 @@ _util: Any = None
 Primitive: Any = None
 if not PUBLIC_ONLY:
     try:
+        from jax._src import checkify as _checkify
         from jax._src import core as _core
         from jax._src import effects as _effects
         from jax._src import tree_util as _tree_util
@@ -32,7 +34,7 @@ if not PUBLIC_ONLY:
         from jax._src.lax import lax as _lax
         from jaxlib import _jax  # type: ignore[no-redef]  # pyright: ignore[reportAttributeAccessIssue]
     except ImportError:  # a jax that moved them: every fallback below is public
-        _jax = _core = _xla_bridge = _lax = _effects = _tree_util = _util = None
+        _jax = _checkify = _core = _xla_bridge = _lax = _effects = _tree_util = _util = None
 
 
 # The type of an array that is there; the fallback matches nothing, and every call takes the general path.
@@ -175,6 +177,14 @@ def eager_primitive(name: str) -> Any:
     primitive = (Primitive or _public("Primitive"))(name)
     primitive.multiple_results = True
     return primitive
+
+
+def look_for_nan(primitive: Any) -> None:
+    """Let `checkify` find what is not a number in its results; without the private names it does not look."""
+    rules: Any = getattr(_checkify, "error_checks", {})
+    check: Any = getattr(_checkify, "nan_error_check", None)
+    if check:
+        rules[primitive] = functools.partial(check, primitive)
 
 
 # --- programs ---------------------------------------------------------------------------------------------------------
