@@ -1136,6 +1136,15 @@ def test_forward_mode_is_of_what_backward_is(wrap: Callable[..., Any]) -> None:
     assert own == 12, "torch's forward mode knows no_grad now: leave jvp_by_forward_mode to it"
 
 
+def test_what_acts_on_gradients_alone_is_not_in_forward_mode() -> None:
+    """As in torch: the row of the padding has no gradient, and its tangent counts."""
+    apply, params = interop.make_functional(torch.nn.Embedding(3, 2, padding_idx=0))
+    total = lambda p: apply(p, jnp.array([0, 1])).sum()  # noqa: E731 - asked twice
+    assert jax.grad(total)(params)["weight"].tolist() == [[0, 0], [1, 1], [0, 0]]
+    ones = jax.tree.map(jnp.ones_like, params)
+    assert jax.jvp(total, (params,), (ones,))[1] == 4
+
+
 class Cubed(torch.autograd.Function):
     """With a backward that says nothing of its own derivative."""
 
