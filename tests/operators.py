@@ -671,7 +671,7 @@ def page(records: Sequence[dict[str, Any]], samples: int) -> str:
     for record in records:
         if "skipped" in record:
             skipped[record["skipped"]][record["name"]].add(record["dtype"])
-    rows = [(f"`{name}`", _words(d for d, _ in where), _words(m for _, m in where), reason_of(name, outcome))
+    rows = [(f"`{name}`", _words(d for d, _ in where), _words(m for _, m in where), _seen(outcome))
             for (name, outcome), where in sorted(failed.items())]  # fmt: skip
     parts += [
         "## What fails\n",
@@ -681,17 +681,9 @@ def page(records: Sequence[dict[str, Any]], samples: int) -> str:
     return "\n".join(parts)
 
 
-# Why an operator fails, where it is known.
-CAUSES = {
-    name: "`torch.func.vmap` itself takes it for a function that does nothing"
-    for name in ("as_strided, in place", "as_strided.partial_views, in place")
-}
-
-
-def reason_of(name: str, outcome: str) -> str:
-    """The cause of a failure as far as it is known, and what was seen."""
-    seen = "`" + outcome.replace("|", "/").replace("`", "'") + "`"
-    return f"{CAUSES[name]}: {seen}" if name in CAUSES else seen
+def _seen(outcome: str) -> str:
+    """What happened, as a cell of a table."""
+    return "`" + outcome.replace("|", "/").replace("`", "'") + "`"
 
 
 def numbers(records: Sequence[dict[str, Any]]) -> str:

@@ -166,27 +166,29 @@ def jvp_by_transposes(flat: Flat, nonzero: Mask) -> FlatFn:
         outs, pull = TORCH.vjp(inexact_part(flat, primals, nonzero), *pick(primals, nonzero))
         gradients, push = TORCH.vjp(lambda *points: pull(points), *map(torch.ones_like, outs))
         moved = tuple(push(tangents))
-        _refuse_lost(flat, tangents, gradients, moved)
+        _refuse_lost(flat, outs, tangents, gradients, moved)
         return moved, NOTHING
 
     return jvp
 
 
-def _refuse_lost(flat: Flat, tangents: Leaves, gradients: Leaves, moved: Leaves) -> None:
+def _refuse_lost(flat: Flat, outs: Leaves, tangents: Leaves, gradients: Leaves, moved: Leaves) -> None:
     """Raise where the transpose of a pull-back is none: some backward has lost its cotangent, or is not linear in it.
 
     `gradients` are those of cotangents that are all one. Their product with the tangents is what the moved tangents sum
-    to.
+    to, but for rounding: relative to them, or to the outputs, which is what is left where a derivative is zero.
     """
     every = (*tangents, *gradients, *moved)
     if any(x.is_complex() or torch_private.is_traced(x) for x in every):
         return
     products = [(t * g).to(torch.float64) for t, g in zip(tangents, gradients, strict=True)]
-    wide = [m.to(torch.float64) for m in moved]
+    wide, values = ([x.to(torch.float64) for x in xs] for xs in (moved, outs))
+    eps = max(torch.finfo(x.dtype).eps for x in every)
     off = abs(sum(p.sum() for p in products) - sum(m.sum() for m in wide))
-    size = sum(x.abs().sum() for x in (*products, *wide))
+    size = sum(x.abs().sum() for x in (*products, *wide)) * max(1e-3, 32 * eps**0.5)
+    size += sum(x.abs().sum() for x in values) * 4 * eps
     try:
-        is_lost = bool(off > size * max(1e-3, 32 * max(torch.finfo(x.dtype).eps for x in every) ** 0.5))
+        is_lost = bool(off > size)
     except RuntimeError:  # a batch of torch.func, which has no one value
         return
     if is_lost:
@@ -208,7 +210,7 @@ def jvp_by_autograd(flat: Flat, nonzero: Mask) -> FlatFn:
             points = [torch.ones_like(out, requires_grad=True) for out in outs]
             grads = _gradients(outs, pick(primals, nonzero), points, create_graph=True)
             moved = _gradients(grads, points, leaves[count:], create_graph=again)
-            _refuse_lost(flat, leaves[count:], grads, moved)
+            _refuse_lost(flat, outs, leaves[count:], grads, moved)
         return tuple(moved), NOTHING
 
     return jvp
