@@ -136,8 +136,16 @@ class _Flattener:
 
 def static_leaf(x: Any) -> StaticLeaf:
     """A value as a static leaf."""
-    key = repr(x) if isinstance(x, float | complex) else x
-    return StaticLeaf(type(x), key, x)
+    return StaticLeaf(type(x), _key(x), x)
+
+
+def _key(x: Any) -> Any:
+    """What is equal for values of one type that are the same; also in a tuple, 1 is neither 1.0 nor True."""
+    if isinstance(x, float | complex):
+        return repr(x)
+    if isinstance(x, tuple | frozenset):
+        return (tuple if isinstance(x, tuple) else frozenset)((type(item), _key(item)) for item in x)
+    return x
 
 
 def _opaque(x: Any) -> StaticLeaf:

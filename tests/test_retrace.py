@@ -119,6 +119,9 @@ def test_statics_of_different_types_are_different() -> None:
     f = as_torch(lambda x, kind: x * {bool: 2, int: 3, float: 4}[type(kind)], static_argnames="kind")
     for _ in range(2):
         assert [f(torch.ones(()), k).item() for k in (True, 1, 1.0)] == [2, 3, 4]
+    inside = as_torch(lambda x, kinds: x * {bool: 2, int: 3, float: 4}[type(*kinds)], static_argnames="kinds")
+    for wrap in (lambda k: (k,), lambda k: frozenset((k,))):
+        assert [inside(torch.ones(()), wrap(k)).item() for k in (True, 1, 1.0)] == [2, 3, 4]
 
 
 def test_a_new_structure_is_traced_once_more() -> None:
