@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import inspect
 import itertools
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
@@ -12,6 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 
 from interop._derive import Flat, Static
 from interop._errors import AbstractEvalError, OutputMismatchError, UnsupportedError, named
@@ -19,6 +22,7 @@ from interop._leaf import NUMPY_OF, TORCH_OF, WIDE_INTS, describe, narrow, trace
 from interop._notes import in_words
 from interop._private import torch as torch_private
 from interop._shapes import SHAPES
+from interop._side import TORCH
 
 
 class Aval(NamedTuple):
@@ -156,6 +160,36 @@ def _run(flat: Flat, avals: Sequence[Aval], mode: Any, watch: torch_private.Trac
     with contextlib.nullcontext() if watch.fakes else mode, watch, torch.autograd.set_detect_anomaly(mode=False):
         outs, structure = flat.fn(*fakes)
         return Outputs(tuple(Aval(tuple(out.shape), NUMPY_OF[out.dtype]) for out in outs), structure)
+
+
+def infer_followed(flat: Flat, avals: Sequence[Aval]) -> tuple[bool, ...]:
+    """Which inexact outputs autograd would follow, if all gradients inside of a torch function were taken with graphs.
+
+    None where that can't be told without values.
+    """
+    watch = torch_private.TraceWatch(lambda _: True, SHAPES)
+    with torch_private.fake_mode(), watch, torch.enable_grad(), _GradientsWithGraphs():
+        fakes = [torch.empty(aval.shape, dtype=TORCH_OF[aval.dtype], device=traced_device()) for aval in avals]
+        try:
+            outs, _ = flat.fn(*[x.requires_grad_().clone() if TORCH.is_inexact(x) else x for x in fakes])
+        except Exception:  # noqa: BLE001 - it has run on values: what is wrong without them is no error of this call
+            return ()
+    return tuple(out.requires_grad for out in outs if TORCH.is_inexact(out))
+
+
+class _GradientsWithGraphs(TorchFunctionMode):
+    """Below it, every gradient that is asked is taken with `create_graph=True`."""
+
+    _TAKEN = frozenset({torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in self._TAKEN:
+            return func(*args, **(kwargs or {}))
+        given = inspect.signature(func).bind(*args, **(kwargs or {}))
+        given.arguments["create_graph"] = True
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Using backward\\(\\) with create_graph=True")
+            return func(*given.args, **given.kwargs)
 
 
 def _agreed(found: dict[Answers, Outputs], raised: dict[Answers, str]) -> Outputs:

@@ -1109,6 +1109,44 @@ def test_a_constant_has_the_gradient_zero() -> None:
             assert wrap(jax.grad(levels(fn)))(examples[0]).tolist() == [0, 0, 0]
 
 
+def energy_and_forces(x: torch.Tensor, how: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """As a force field in torch computes them."""
+    x = x.detach().requires_grad_() if how == "backward" else x.requires_grad_()
+    energy = (x**3).sum()
+    if how == "backward":
+        energy.backward(retain_graph=True)
+        return energy, -x.grad
+    return energy, -torch.autograd.grad(energy, x, retain_graph=True, create_graph=how == "graph")[0]
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_a_gradient_that_is_taken_inside_has_a_derivative_or_says_that_it_has_none(wrap: Callable[..., Any]) -> None:
+    """One without a graph is no constant, of which the derivative would be zero; nobody may ask for it, though."""
+    x = examples[0]
+
+    def of(how: str) -> Fn:
+        return levels(functools.partial(energy_and_forces, how=how))
+
+    def on_forces(f: Fn) -> Fn:
+        return lambda x: (f(x)[1] ** 2).sum()
+
+    for how in ("graph", "no graph", "backward"):
+        assert_same(wrap(of(how))(x), ((x**3).sum(), -3 * x**2))
+    assert_same(wrap(jax.grad(on_forces(of("graph"))))(x), 36 * x**3)
+    assert_same(wrap(jax.grad(lambda x: of("no graph")(x), has_aux=True))(x), (3 * x**2, -3 * x**2))
+    for how in ("no graph", "backward"):
+        lossy = on_forces(of(how))
+        asked: list[tuple[Fn, Any]] = [
+            (jax.grad(lossy), x),
+            (lambda x, f=lossy: jax.jvp(f, (x,), (x,)), x),
+            (jax.vmap(jax.grad(lossy)), examples),
+            (jax.grad(lambda xs, f=lossy: jax.vmap(f)(xs).sum()), examples),
+        ]
+        for ask, at in asked:
+            with pytest.raises((interop.NotDifferentiableError, jax.errors.JaxRuntimeError), match="create_graph=True"):
+                jax.block_until_ready(wrap(ask)(at))
+
+
 def test_a_result_that_is_no_array_is_not_what_was_promised() -> None:
     f = uncaptured(lambda x: (x.sum(), float(x.detach().sum())))
     with pytest.raises(jax.errors.JaxRuntimeError, match="another pytree than was promised"):

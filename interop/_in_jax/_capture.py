@@ -49,6 +49,7 @@ class Capture:
         inexact: the avals of the outputs that have a derivative.
         linear: whether the function is linear in the active primals: its backward reads nothing that depends on them.
         draws: whether the forward draws random numbers, so that running it again would not give the same.
+        unfollowed: which inexact outputs autograd does not follow.
     """
 
     forward: TorchFlat
@@ -60,6 +61,7 @@ class Capture:
     inexact: tuple[Aval, ...]
     linear: bool
     draws: bool
+    unfollowed: Mask
 
     def find(self, primals: Sequence[Any], results: Sequence[Any]) -> list[Any]:
         """The saved values, from the primals and what the forward returned."""
@@ -146,9 +148,9 @@ def _capture(flat: TorchFlat, avals: tuple[Aval, ...], active: Mask) -> Capture:
     known = flat.outputs(avals)
     outputs = known.avals
     inexact = [aval for aval in outputs if aval.dtype.kind in "fcV"]
-    checks = list(known.checks)
+    checks, unfollowed = list(known.checks), list[bool]()
     graph = torch_private.trace(
-        _joint(flat, active),
+        _joint(flat, active, unfollowed),
         [
             torch.empty(a.shape, dtype=TORCH_OF[a.dtype], requires_grad=r, device=traced_device())
             for a, r in zip(avals, active, strict=True)
@@ -156,7 +158,7 @@ def _capture(flat: TorchFlat, avals: tuple[Aval, ...], active: Mask) -> Capture:
         [torch.empty(a.shape, dtype=TORCH_OF[a.dtype], device=traced_device()) for a in inexact],
         decide=functools.partial(_checked, checks),
     )
-    return _Cut(graph, flat, avals, active, outputs).capture()
+    return _Cut(graph, flat, avals, active, outputs).capture(tuple(unfollowed))
 
 
 def _checked(checks: list[Check], condition: torch.Tensor) -> bool | None:
@@ -168,13 +170,14 @@ def _checked(checks: list[Check], condition: torch.Tensor) -> bool | None:
     return answer
 
 
-def _joint(flat: TorchFlat, active: Mask) -> Callable[..., tuple[Any, Any]]:
-    """Primals and cotangents to outputs and gradients."""
+def _joint(flat: TorchFlat, active: Mask, unfollowed: list[bool]) -> Callable[..., tuple[Any, Any]]:
+    """Primals and cotangents to outputs and gradients; says which inexact outputs autograd does not follow."""
 
     def joint(primals: list[Leaf], cotangents: list[Leaf]) -> tuple[Any, Any]:
         with torch.enable_grad():
             outs, _ = flat.to_differentiate(*[p.clone() for p in primals])  # no leaf: the function may write to it
             inexact = [out for out in outs if TORCH.is_inexact(out)]
+            unfollowed[:] = [not out.requires_grad for out in inexact]
             pairs = [(o, c.conj_physical() if o.is_complex() else c)
                      for o, c in zip(inexact, cotangents, strict=True) if o.requires_grad]  # fmt: skip
             wanted = [p for p, a in zip(primals, active, strict=True) if a]
@@ -280,7 +283,7 @@ class _Cut:
             return True
         return node.target in _VIEWS | _PARTS and self._has(node.args[0])
 
-    def capture(self) -> Capture:
+    def capture(self, unfollowed: Mask) -> Capture:
         """The two graphs, and what lies between them."""
         read = [n for node in self.backward_nodes for n in node.all_input_nodes if n not in self.backward_nodes]
         read += [g for g in self.grads if isinstance(g, torch.fx.Node) and g not in self.backward_nodes]
@@ -322,6 +325,7 @@ class _Cut:
             self.inexact,
             self._is_linear(between),
             key is None and any(map(_is_random, self.forward_nodes)),
+            unfollowed,
         )
 
     def _seeded(self, graph: Graph, key: int) -> Graph:

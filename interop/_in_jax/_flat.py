@@ -13,9 +13,18 @@ import jax
 import numpy as np
 import torch
 
-from interop._abstract import Aval, Outputs, aval_of, check_promise, check_structure, infer_torch, narrowed
+from interop._abstract import (
+    Aval,
+    Outputs,
+    aval_of,
+    check_promise,
+    check_structure,
+    infer_followed,
+    infer_torch,
+    narrowed,
+)
 from interop._derive import NOTHING, Axes, Flat, FlatFn, Mask, Static, derive_vjp, derive_vmap
-from interop._errors import DeviceError, InteropError, PrecisionError
+from interop._errors import DeviceError, InteropError, NotDifferentiableError, PrecisionError
 from interop._in_jax._graph import Graph
 from interop._in_jax._random import InOrder, seeding
 from interop._in_jax._surroundings import TorchState
@@ -104,6 +113,7 @@ class TorchFlat(Flat):
         modes: what else a trace depends on, as it is now: whether modules train.
         key: the index of the leaf that torch's generator is seeded from, if there is one.
         origin: of a function over a batch, the function of one example: they share the structure of their outputs.
+        batch: of the same, the function that it is a batch of (which may be one too), and the axes of its operands.
         known: of a derived function, its outputs, which follow from those of the function it is derived from.
         exact: of a derivative along tangents, the same in a form that can be differentiated again.
         traced: what was about when a trace met it.
@@ -115,6 +125,7 @@ class TorchFlat(Flat):
     modes: Modes | None = None
     key: int | None = None
     origin: TorchFlat | None = None
+    batch: tuple[TorchFlat, Axes] | None = None
     known: Callable[[Sequence[Aval]], Outputs] | None = None
     exact: TorchFlat | None = None
     traced: Surroundings | None = None
@@ -149,6 +160,26 @@ class TorchFlat(Flat):
                     found = self.memos[key] = self.modes.constants(), made
         return found[1]
 
+    def refuse_lost(self, avals: tuple[Aval, ...], asked: Sequence[bool]) -> None:
+        """Raise where a derivative is asked of an output that autograd has lost: a gradient taken without its graph.
+
+        `asked` is over the inexact outputs: those that autograd does not follow, and whose derivative counts. Of a
+        constant, and of what is detached, it is zero.
+        """
+        if self.order or not any(asked):
+            return
+        if any(a and f for a, f in zip(asked, self._followed_with_graphs(avals), strict=False)):
+            raise NotDifferentiableError(
+                "its result is a gradient that was taken without a graph, and has no derivative",
+                hint="Take it by torch.autograd.grad(..., create_graph=True)",
+            ).of(self.name)
+
+    def _followed_with_graphs(self, avals: tuple[Aval, ...]) -> Mask:
+        if self.batch:
+            example, in_axes = self.batch
+            return example._followed_with_graphs(tuple(map(_without_axis, avals, in_axes)))
+        return self.memo_of_now(("followed", avals), lambda: infer_followed(self, avals))
+
     def _outputs(self, avals: tuple[Aval, ...]) -> Outputs:
         promised: Callable[[Sequence[Aval]], Outputs] | None = self.known or self.levels.example_output
         if promised:
@@ -172,7 +203,7 @@ class TorchFlat(Flat):
     def _jvp(self, nonzero: Mask) -> Self:
         base = self._followed()
         forward, twice = (self._again(way(base, nonzero)) for way in (jvp_by_forward_mode, jvp_by_transposes))
-        in_torchs_way = self._again(jvp_by_autograd(base, nonzero))
+        in_torchs_way = self._again(jvp_by_autograd(base, nonzero, base.refuse_lost))
         name, once = f"{self.name}.jvp", base.order == 0
         ways = (*((forward,) if once else ()), composite(forward), twice, composite(twice), in_torchs_way)
         quick = self._derived("jvp", first_that_runs(name, self.closed_over, *ways), base.order + 1)
@@ -188,7 +219,7 @@ class TorchFlat(Flat):
     def _vjp(self, nonzero: Mask, present: Mask) -> Self:
         base = self._followed()
         transpose = self._again(derive_vjp(base, nonzero, present))
-        in_torchs_way = self._again(vjp_by_autograd(base, nonzero, present))
+        in_torchs_way = self._again(vjp_by_autograd(base, nonzero, present, base.refuse_lost))
         ways = (*((transpose,) if base.order == 0 else ()), composite(transpose), in_torchs_way)
         vjp = self._derived("vjp", first_that_runs(f"{self.name}.vjp", self.closed_over, *ways), base.order + 1)
         vjp.known = lambda avals: replace(
@@ -221,7 +252,7 @@ class TorchFlat(Flat):
             by_rule, composite(by_rule, values=True), loop(self, in_axes)
         )  # fmt: skip
         batched = self._derived("vmap", first_that_runs(f"{self.name}.vmap", self.closed_over, *ways), self.order)
-        batched.origin = self.origin or self
+        batched.origin, batched.batch = self.origin or self, (self, in_axes)
         batched.exact = self.exact and self.exact.vmap(in_axes)
         batched.known = lambda avals: _batched(self, avals, in_axes)
         return batched
@@ -248,7 +279,7 @@ class TorchFlat(Flat):
             return ()
 
     def _derived(self, kind: str, fn: FlatFn, order: int) -> Self:
-        return replace(self.derived(kind, fn), exact=None, known=None, origin=None, order=order, graph=None)
+        return replace(self.derived(kind, fn), exact=None, known=None, origin=None, batch=None, order=order, graph=None)
 
 
 jax_private.weak_in_caches(TorchFlat)  # else it would keep alive what nobody has any more

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import torch
 
+from interop._abstract import aval_of
 from interop._derive import Mask, Static
 from interop._in_jax._flat import (
     TorchFlat,
@@ -40,11 +41,15 @@ class Live:
 
     inputs: list[torch.Tensor]  # the active ones
     outputs: list[torch.Tensor]  # the inexact ones
-    name: str
+    flat: TorchFlat
+    avals: Sequence[Any]  # of the arguments, as JAX has them
     home: Any  # where the results belong, if that is not where results are made
 
     def pull(self, cotangents: Sequence[Any]) -> list[jax.Array]:
         """The gradients of the active inputs, in JAX's complex convention; an absent cotangent is zero."""
+        lost = [c is not None and not o.requires_grad for o, c in zip(self.outputs, cotangents, strict=True)]
+        if any(lost):
+            self.flat.refuse_lost(tuple(map(aval_of, self.avals)), lost)
         asked = [(o, c) for o, c in zip(self.outputs, cotangents, strict=True) if c is not None and o.requires_grad]
         # JAX makes some cotangents on the device that it computes on by default.
         pairs = [(o, TORCH.conjugated(array_to_tensor(c)).to(o.device)) for o, c in asked]
@@ -57,7 +62,7 @@ class Live:
             result_to_array(torch.zeros_like(x) if g is None else TORCH.conjugated(g))
             for g, x in zip(grads, self.inputs, strict=True)
         ]
-        check_finite(results, self.name)
+        check_finite(results, self.flat.name)
         return at_home(results, self.home)
 
 
@@ -69,7 +74,8 @@ def forward(flat: TorchFlat, arrays: Sequence[jax.Array], active: Mask) -> tuple
         # Nobody writes to the leaves, which share JAX's memory. What the function is given is a copy, and no leaf.
         outs, structure = flat.to_differentiate(*[t.clone() for t in tensors])
     inputs = [t for t in tensors if t.requires_grad]
-    live = Live(inputs, [out for out in outs if TORCH.is_inexact(out)], flat.name, home_of(arrays))
+    inexact = [out for out in outs if TORCH.is_inexact(out)]
+    live = Live(inputs, inexact, flat, [a.aval for a in arrays], home_of(arrays))
     return at_home(results_to_arrays(outs, structure), live.home), structure, _handle(live)
 
 

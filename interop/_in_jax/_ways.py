@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - as everybody calls it
 from torch.overrides import TorchFunctionMode
 
-from interop._abstract import aval_of, check_structure, infer_torch
+from interop._abstract import Aval, aval_of, check_structure, infer_torch
 from interop._derive import NOTHING, Flat, FlatFn, Mask, Static, derive_jvp, inexact_part, pick
 from interop._errors import AbstractEvalError, InteropError, NotDifferentiableError, UnsupportedError
 from interop._in_jax._random import Watched, refused
@@ -198,7 +198,10 @@ def _refuse_lost(flat: Flat, outs: Leaves, tangents: Leaves, gradients: Leaves, 
         ).of(flat.name)
 
 
-def jvp_by_autograd(flat: Flat, nonzero: Mask) -> FlatFn:
+Refuse: TypeAlias = Callable[[tuple[Aval, ...], Sequence[bool]], None]
+
+
+def jvp_by_autograd(flat: Flat, nonzero: Mask, refuse_lost: Refuse) -> FlatFn:
     """The same by torch's own backward, for what `torch.func` does not take: an old-style autograd function."""
     count = len(nonzero)
 
@@ -207,6 +210,7 @@ def jvp_by_autograd(flat: Flat, nonzero: Mask) -> FlatFn:
         with torch.enable_grad():
             primals, outs = _recorded(flat, leaves[:count], nonzero)
             outs = tuple(out for out in outs if TORCH.is_inexact(out))
+            refuse_lost(tuple(map(aval_of, primals)), [not out.requires_grad for out in outs])
             points = [torch.ones_like(out, requires_grad=True) for out in outs]
             grads = _gradients(outs, pick(primals, nonzero), points, create_graph=True)
             moved = _gradients(grads, points, leaves[count:], create_graph=again)
@@ -216,7 +220,7 @@ def jvp_by_autograd(flat: Flat, nonzero: Mask) -> FlatFn:
     return jvp
 
 
-def vjp_by_autograd(flat: Flat, nonzero: Mask, present: Mask) -> FlatFn:
+def vjp_by_autograd(flat: Flat, nonzero: Mask, present: Mask, refuse_lost: Refuse) -> FlatFn:
     """The transpose by torch's own backward."""
     count = len(nonzero)
 
@@ -224,6 +228,10 @@ def vjp_by_autograd(flat: Flat, nonzero: Mask, present: Mask) -> FlatFn:
         again, given = torch.is_grad_enabled(), iter(leaves[count:])
         with torch.enable_grad():
             primals, outs = _recorded(flat, leaves[:count], nonzero)
+        refuse_lost(
+            tuple(map(aval_of, primals)),
+            [p and not o.requires_grad for o, p in zip(outs, present, strict=True) if TORCH.is_inexact(o)],
+        )
         cotangents = [TORCH.conjugated(next(given)) if p else None for p in present]
         points = pick(primals, nonzero)
         pull = twice(lambda given: _gradients(outs, points, given, create_graph=again), leaves[:count], outs)
