@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import torch
 
-from interop._twice import twice
+from interop._twice import refuse_scripted, twice
 
 Leaf: TypeAlias = Any
 Leaves: TypeAlias = tuple[Any, ...]
@@ -60,6 +60,7 @@ def _torch_vjp(fn: LeavesFn, *primals: Leaf, reads: Leaves = ()) -> tuple[Leaves
         return recorded[0]
 
     outs, pull = _func.vjp(recording, *primals)
+    refuse_scripted(reads, recorded[0])
     pull_twice = twice(lambda cotangents: pull(tuple(cotangents)), reads, recorded[0])
 
     def pull_with_graph(cotangents: Leaves) -> Leaves:

@@ -1,9 +1,4 @@
-"""A pull-back of torch that is itself differentiated: what is once_differentiable has to say so.
-
-Its backward runs unrecorded. Torch puts a node that raises behind what it returns, and does so only where a cotangent
-requires grad; and that node leads nowhere, so that a gradient in what the function was given never comes by it, and is
-zero.
-"""
+"""A pull-back of torch that is itself differentiated: what torch takes for a constant there has to say so."""
 
 from __future__ import annotations
 
@@ -14,12 +9,17 @@ import torch
 from torch.autograd.function import BackwardCFunction
 
 from interop._errors import NotDifferentiableError
+from interop._private import torch as torch_private
 
 _Tensors: TypeAlias = Sequence[torch.Tensor]
 
 
 def twice(pull: Callable[[Any], Any], reads: _Tensors, outs: _Tensors) -> Callable[[Any], Any]:
     """The pull-back of these outputs, for whoever differentiates it in what the function reads.
+
+    A backward that is once_differentiable runs unrecorded. Torch puts a node that raises behind what it returns, and
+    does so only where a cotangent requires grad; and that node leads nowhere, so that a gradient in what the function
+    was given never comes by it, and is zero.
 
     Raises:
         NotDifferentiableError: it would be zero, or lack a part, because a backward was not recorded.
@@ -38,6 +38,16 @@ def twice(pull: Callable[[Any], Any], reads: _Tensors, outs: _Tensors) -> Callab
         return grads
 
     return checked
+
+
+def refuse_scripted(reads: _Tensors, outs: _Tensors) -> None:
+    """Raise for what `torch.func` does not differentiate again: the backward that TorchScript has written.
+
+    It does so once a function has been run for a gradient. Autograd itself differentiates it.
+    """
+    again = any(x.requires_grad for x in reads) or torch_private.has_tangent(reads)
+    if again and _has(outs, lambda node: "DifferentiableGraph" in node.name()):
+        raise RuntimeError("torch.func takes the backward of TorchScript for a constant")
 
 
 def _tied(cotangent: torch.Tensor, followed: _Tensors) -> torch.Tensor:

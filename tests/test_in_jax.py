@@ -1174,6 +1174,25 @@ def test_forward_mode_is_of_what_backward_is(wrap: Callable[..., Any]) -> None:
     assert own == 12, "torch's forward mode knows no_grad now: leave jvp_by_forward_mode to it"
 
 
+def bent(x: torch.Tensor) -> torch.Tensor:
+    """What TorchScript compiles."""
+    return torch.tanh(x * x) * x
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_the_second_derivative_of_a_scripted_function_that_has_been_trained(wrap: Callable[..., Any]) -> None:
+    """TorchScript then has a backward of its own, which torch.func takes for a constant."""
+    scripted = torch.jit.script(bent)
+    for _ in range(3):
+        scripted(torch.ones(3, requires_grad=True)).sum().backward()
+    double = torch.func.jvp(torch.func.grad(lambda x: scripted(x).sum()), (torch.ones(3),), (torch.ones(3),))[1]
+    assert not double.any(), "torch.func differentiates what TorchScript has written: leave refuse_scripted to it"
+    f, native, x = levels(lambda x: scripted(x).sum()), lambda x: (jnp.tanh(x * x) * x).sum(), examples[0]
+    for ask in TWICE.values():
+        assert_same(wrap(lambda x, ask=ask: ask(f, x))(x), ask(native, x), 1e-4)
+
+
 def test_what_acts_on_gradients_alone_is_not_in_forward_mode() -> None:
     """As in torch: the row of the padding has no gradient, and its tangent counts."""
     apply, params = interop.make_functional(torch.nn.Embedding(3, 2, padding_idx=0))
