@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from interop._derive import Flat, Static
+from interop._derive import Flat, Mask, Static
 from interop._errors import AbstractEvalError, OutputMismatchError, UnsupportedError, named
 from interop._leaf import NUMPY_OF, TORCH_OF, WIDE_INTS, describe, narrow, traced_device
 from interop._notes import in_words
@@ -140,9 +140,11 @@ class _Path:
             found = _run(flat, avals, mode, watch)
         return replace(found, random=watch.draws)
 
-    def decide(self, condition: torch.Tensor) -> bool | None:
+    def decide(self, condition: Callable[[], torch.Tensor], known: bool | None) -> bool | None:
         """The next answer; None where there were too many."""
         del condition
+        if known is not None:
+            return known
         index = len(self.answers)
         if index >= len(self.given):
             if len(self.others) >= self.room:
@@ -162,16 +164,16 @@ def _run(flat: Flat, avals: Sequence[Aval], mode: Any, watch: torch_private.Trac
         return Outputs(tuple(Aval(tuple(out.shape), NUMPY_OF[out.dtype]) for out in outs), structure)
 
 
-def infer_followed(flat: Flat, avals: Sequence[Aval]) -> tuple[bool, ...]:
+def infer_followed(flat: Flat, avals: Sequence[Aval], active: Mask) -> Mask:
     """Which inexact outputs autograd would follow, if all gradients inside of a torch function were taken with graphs.
 
-    None where that can't be told without values.
+    What it follows are the active inputs. None where that can't be told without values.
     """
-    watch = torch_private.TraceWatch(lambda _: True, SHAPES)
+    watch = torch_private.TraceWatch(lambda _, known: known is not False, SHAPES)
     with torch_private.fake_mode(), watch, torch.enable_grad(), _GradientsWithGraphs():
         fakes = [torch.empty(aval.shape, dtype=TORCH_OF[aval.dtype], device=traced_device()) for aval in avals]
         try:
-            outs, _ = flat.fn(*[x.requires_grad_().clone() if TORCH.is_inexact(x) else x for x in fakes])
+            outs, _ = flat.fn(*[x.requires_grad_(a).clone() for x, a in zip(fakes, active, strict=True)])
         except Exception:  # noqa: BLE001 - it has run on values: what is wrong without them is no error of this call
             return ()
     return tuple(out.requires_grad for out in outs if TORCH.is_inexact(out))

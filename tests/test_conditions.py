@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from torch.distributions import Categorical, Dirichlet, Independent, MultivariateNormal, Normal, kl_divergence
+from torch.distributions import Binomial, Categorical, Dirichlet, Independent, MultivariateNormal, Normal, kl_divergence
 
 import interop
 from interop import as_jax, differentiable, jittable
@@ -218,6 +218,43 @@ def test_a_function_with_checks_is_captured() -> None:
         assert np.isfinite(gradient(jnp.array([1.5, 2.0, 3.0]))).all()
     checks = 4  # the mean, the deviation, what is in its support; and that it is positive
     assert (fn.real, fn.fake) == (0, 1 + checks + 1)
+
+
+OBSERVED, SPREAD, MASK = torch.tensor([1.0, 0.0, 4.0]), torch.tensor([0.3, 2.0, 1.1]), torch.zeros(2, dtype=torch.bool)
+
+# They ask of what they close over too, before and after they ask of their argument.
+CONSTANTS: dict[str, Fn] = {
+    "a distribution of constants": lambda x: Normal(x, SPREAD).log_prob(OBSERVED),
+    "counts": lambda x: Binomial(5, logits=x).log_prob(OBSERVED),
+    "a branch not taken": lambda x: positive(x).sin() if not MASK.any() else x.cos(),
+    "after a check": lambda x: positive(x) * (2 if (SPREAD * 2).square().max() < 1 else 3),
+    "equal": lambda x: positive(x) * (2 if torch.equal(SPREAD + 1, OBSERVED) else 3),
+}
+
+
+@pytest.mark.parametrize("run", RAN.values(), ids=RAN)
+@pytest.mark.parametrize("fn", CONSTANTS.values(), ids=CONSTANTS)
+def test_what_is_asked_of_constants_is_known(fn: Fn, run: Fn, caplog: pytest.LogCaptureFixture) -> None:
+    """And no reason not to capture."""
+    x = torch.tensor([0.2, 0.5, 1.5])
+    expected = of_torch(fn, x)["gradient" in str(next(name for name, ran in RAN.items() if ran is run))]
+    with caplog.at_level("DEBUG", logger="interop"):
+        np.testing.assert_allclose(run(levels(fn))(jnp.asarray(x.numpy())), expected, rtol=1e-4, atol=1e-5)
+    assert "recomputed" not in caplog.text
+
+
+def test_what_is_true_of_a_constant_no_more_is_said() -> None:
+    """By what was captured while it was; another trace knows better."""
+    flag = torch.zeros((), dtype=torch.bool)
+    f = levels(lambda x: (x**2 if flag else x**3).sum())
+    gradient, x = jax.jit(jax.grad(lambda x: f(x))), jnp.ones(2)
+    assert gradient(x).tolist() == [3, 3]
+    flag.fill_(True)
+    with pytest.raises(
+        (jax.errors.JaxRuntimeError, ValueError), match="what was False of a tensor that it closes over.*trace it"
+    ):
+        jax.block_until_ready(gradient(x))
+    assert jax.jit(jax.grad(lambda x: f(x)))(x).tolist() == jax.grad(f)(x).tolist() == [2, 2]
 
 
 def test_a_sample_and_its_gradient_are_one_draw() -> None:

@@ -161,12 +161,15 @@ def _capture(flat: TorchFlat, avals: tuple[Aval, ...], active: Mask) -> Capture:
     return _Cut(graph, flat, avals, active, outputs).capture(tuple(unfollowed))
 
 
-def _checked(checks: list[Check], condition: torch.Tensor) -> bool | None:
+def _checked(checks: list[Check], condition: Callable[[], torch.Tensor], known: bool | None) -> bool | None:
     """What the function has to find, and the graph checks in its place; None where it may find this or that."""
-    if not checks:
+    if known is not None:
+        answer, error = known, f"what was {known} of a tensor that it closes over is not any more: trace it again"
+    elif checks:
+        answer, error = checks.pop(0)
+    else:
         return None
-    answer, error = checks.pop(0)
-    _ATEN._assert_async.msg(condition if answer else ~condition, error)
+    _ATEN._assert_async.msg(condition() if answer else ~condition(), error)
     return answer
 
 

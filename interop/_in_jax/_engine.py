@@ -239,7 +239,7 @@ def _linear_transpose(
         return [None] * len(operands)
     if isinstance(source, Capture):
         lost = [p and u for p, u in zip(present, source.unfollowed, strict=True)]
-        flat.refuse_lost(tuple(map(aval_of, primals)), lost)
+        flat.refuse_lost(tuple(map(aval_of, primals)), active, lost)
         dense = [ad.instantiate_zeros(c) for c in cotangents]
         operands_ = jax_private.vary([*residuals, *primals, *dense])
         grads = torch_backward.bind(*operands_, flat=flat, active=active, cut=source)

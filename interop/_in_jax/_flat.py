@@ -160,25 +160,25 @@ class TorchFlat(Flat):
                     found = self.memos[key] = self.modes.constants(), made
         return found[1]
 
-    def refuse_lost(self, avals: tuple[Aval, ...], asked: Sequence[bool]) -> None:
+    def refuse_lost(self, avals: tuple[Aval, ...], active: Mask, asked: Sequence[bool]) -> None:
         """Raise where a derivative is asked of an output that autograd has lost: a gradient taken without its graph.
 
-        `asked` is over the inexact outputs: those that autograd does not follow, and whose derivative counts. Of a
-        constant, and of what is detached, it is zero.
+        `active` is over the inputs. `asked` is over the inexact outputs: those that autograd does not follow, and whose
+        derivative counts. Of a constant, and of what is detached, it is zero.
         """
         if self.order or not any(asked):
             return
-        if any(a and f for a, f in zip(asked, self._followed_with_graphs(avals), strict=False)):
+        if any(a and f for a, f in zip(asked, self._followed_with_graphs(avals, active), strict=False)):
             raise NotDifferentiableError(
                 "its result is a gradient that was taken without a graph, and has no derivative",
                 hint="Take it by torch.autograd.grad(..., create_graph=True)",
             ).of(self.name)
 
-    def _followed_with_graphs(self, avals: tuple[Aval, ...]) -> Mask:
+    def _followed_with_graphs(self, avals: tuple[Aval, ...], active: Mask) -> Mask:
         if self.batch:
             example, in_axes = self.batch
-            return example._followed_with_graphs(tuple(map(_without_axis, avals, in_axes)))
-        return self.memo_of_now(("followed", avals), lambda: infer_followed(self, avals))
+            return example._followed_with_graphs(tuple(map(_without_axis, avals, in_axes)), active)
+        return self.memo_of_now(("followed", avals, active), lambda: infer_followed(self, avals, active))
 
     def _outputs(self, avals: tuple[Aval, ...]) -> Outputs:
         promised: Callable[[Sequence[Aval]], Outputs] | None = self.known or self.levels.example_output

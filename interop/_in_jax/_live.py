@@ -43,13 +43,14 @@ class Live:
     outputs: list[torch.Tensor]  # the inexact ones
     flat: TorchFlat
     avals: Sequence[Any]  # of the arguments, as JAX has them
+    active: Mask
     home: Any  # where the results belong, if that is not where results are made
 
     def pull(self, cotangents: Sequence[Any]) -> list[jax.Array]:
         """The gradients of the active inputs, in JAX's complex convention; an absent cotangent is zero."""
         lost = [c is not None and not o.requires_grad for o, c in zip(self.outputs, cotangents, strict=True)]
         if any(lost):
-            self.flat.refuse_lost(tuple(map(aval_of, self.avals)), lost)
+            self.flat.refuse_lost(tuple(map(aval_of, self.avals)), self.active, lost)
         asked = [(o, c) for o, c in zip(self.outputs, cotangents, strict=True) if c is not None and o.requires_grad]
         # JAX makes some cotangents on the device that it computes on by default.
         pairs = [(o, TORCH.conjugated(array_to_tensor(c)).to(o.device)) for o, c in asked]
@@ -75,7 +76,7 @@ def forward(flat: TorchFlat, arrays: Sequence[jax.Array], active: Mask) -> tuple
         outs, structure = flat.to_differentiate(*[t.clone() for t in tensors])
     inputs = [t for t in tensors if t.requires_grad]
     inexact = [out for out in outs if TORCH.is_inexact(out)]
-    live = Live(inputs, inexact, flat, [a.aval for a in arrays], home_of(arrays))
+    live = Live(inputs, inexact, flat, [a.aval for a in arrays], active, home_of(arrays))
     return at_home(results_to_arrays(outs, structure), live.home), structure, _handle(live)
 
 

@@ -198,7 +198,7 @@ def _refuse_lost(flat: Flat, outs: Leaves, tangents: Leaves, gradients: Leaves, 
         ).of(flat.name)
 
 
-Refuse: TypeAlias = Callable[[tuple[Aval, ...], Sequence[bool]], None]
+Refuse: TypeAlias = Callable[[tuple[Aval, ...], Mask, Sequence[bool]], None]
 
 
 def jvp_by_autograd(flat: Flat, nonzero: Mask, refuse_lost: Refuse) -> FlatFn:
@@ -210,7 +210,7 @@ def jvp_by_autograd(flat: Flat, nonzero: Mask, refuse_lost: Refuse) -> FlatFn:
         with torch.enable_grad():
             primals, outs = _recorded(flat, leaves[:count], nonzero)
             outs = tuple(out for out in outs if TORCH.is_inexact(out))
-            refuse_lost(tuple(map(aval_of, primals)), [not out.requires_grad for out in outs])
+            refuse_lost(tuple(map(aval_of, primals)), _active(primals), [not out.requires_grad for out in outs])
             points = [torch.ones_like(out, requires_grad=True) for out in outs]
             grads = _gradients(outs, pick(primals, nonzero), points, create_graph=True)
             moved = _gradients(grads, points, leaves[count:], create_graph=again)
@@ -230,6 +230,7 @@ def vjp_by_autograd(flat: Flat, nonzero: Mask, present: Mask, refuse_lost: Refus
             primals, outs = _recorded(flat, leaves[:count], nonzero)
         refuse_lost(
             tuple(map(aval_of, primals)),
+            _active(primals),
             [p and not o.requires_grad for o, p in zip(outs, present, strict=True) if TORCH.is_inexact(o)],
         )
         cotangents = [TORCH.conjugated(next(given)) if p else None for p in present]
@@ -248,6 +249,10 @@ def _recorded(flat: Flat, primals: Leaves, nonzero: Mask) -> tuple[Leaves, Leave
         for x, active in zip(primals, nonzero, strict=True)
     )
     return primals, flat.leaves(*[x.clone() for x in primals])
+
+
+def _active(primals: Leaves) -> Mask:
+    return tuple(x.requires_grad for x in primals)
 
 
 def _gradients(outs: Sequence[Any], inputs: Sequence[Leaf], cotangents: Sequence[Any], *, create_graph: bool) -> Leaves:

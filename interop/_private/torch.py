@@ -8,7 +8,7 @@ import importlib
 import operator
 import types
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.utils.dlpack
@@ -141,11 +141,15 @@ class NeedsFakes(Exception):
     """A trace can't go on with the values of constants."""
 
 
+Decide: TypeAlias = "Callable[[Callable[[], torch.Tensor], bool | None], bool | None]"
+
+
 class TraceWatch(TorchDispatchMode):
     """Sees whether any operation under it draws from torch's generator, and undoes what a trace writes to real tensors.
 
-    Whether a tensor without a value is true, `decide` says, or None if it does not know; `shapes` has operations of
-    which torch does not say what they return.
+    Whether a tensor without a value is true, `decide` says, or None if it does not know. It can ask for that tensor,
+    and is told whether it is true now, where it is made of constants alone. `shapes` has operations of which torch does
+    not say what they return.
 
     With `fakes`, this mode is not on, and what is made of nothing that is traced, nor of parameters, has its values:
     the function may keep it. What draws, or writes traced values to such a tensor, raises `NeedsFakes`.
@@ -153,7 +157,7 @@ class TraceWatch(TorchDispatchMode):
 
     def __init__(
         self,
-        decide: Callable[[torch.Tensor], bool | None] | None = None,
+        decide: Decide | None = None,
         shapes: Mapping[Any, Callable[..., Any]] = types.MappingProxyType({}),
         *,
         fakes: Any = None,
@@ -165,15 +169,16 @@ class TraceWatch(TorchDispatchMode):
         self.decide = decide
         self.shapes = shapes
         self.written: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.constants: dict[int, tuple[Any, Callable[[], Any]]] = {}  # traced tensors, and how their values are made
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = self.shapes[func](*args, **(kwargs or {})) if func in self.shapes else NotImplemented
         if result is not NotImplemented:
             return result
-        condition = _condition(func, args) if self.decide else None
-        answer = self.decide(condition) if self.decide and condition is not None else None
-        if answer is not None:
-            return answer
+        if self.decide and _asks_for_truth(func, args):
+            answer = self.decide(functools.partial(_condition, func, args), self._known(func, args))
+            if answer is not None:
+                return answer
         is_traced_too = any(issubclass(t, FakeTensor) for t in types)
         if draws(func, args, kwargs or {}):
             self.draws = True
@@ -184,10 +189,46 @@ class TraceWatch(TorchDispatchMode):
                     self._need_fakes(is_traced_too)
                     with _without_modes():
                         self.written[id(t)] = t, t.detach().clone()
-        if self.fakes and not is_traced_too and any(map(_requires_grad, args)):
-            with self.fakes:
-                return func(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        in_fakes = self.fakes and not is_traced_too and any(map(_requires_grad, args))
+        with self.fakes if in_fakes else contextlib.nullcontext():
+            result = func(*args, **(kwargs or {}))
+        if self.decide:
+            self._remember(result, func, args, kwargs or {})
+        return result
+
+    def _remember(self, result: Any, func: Any, args: Any, kwargs: Any) -> None:
+        """How the value of a result is made, if it is traced and all that it is made of is constant."""
+        if func._schema.is_mutable or draws(func, args, kwargs) or not self._is_constant((args, *kwargs.values())):
+            return
+
+        @functools.cache
+        def make() -> Any:
+            with torch.no_grad():
+                return func(*self._value(args), **{name: self._value(x) for name, x in kwargs.items()})
+
+        if isinstance(result, FakeTensor):
+            self.constants[id(result)] = result, make
+        elif isinstance(result, tuple | list):
+            for index, item in enumerate(result):
+                self.constants[id(item)] = item, lambda index=index: make()[index]  # type: ignore[misc]
+
+    def _is_constant(self, x: Any) -> bool:
+        if isinstance(x, tuple | list):
+            return all(map(self._is_constant, x))
+        is_read_only = not isinstance(x, torch.Tensor) or (type(x) in _REAL and id(x) not in self.written)
+        return is_read_only or id(x) in self.constants
+
+    def _value(self, x: Any) -> Any:
+        if isinstance(x, tuple | list):
+            return [*map(self._value, x)]
+        return self.constants[id(x)][1]() if isinstance(x, FakeTensor) else x
+
+    def _known(self, func: Any, args: Any) -> bool | None:
+        """What an operation reads of constants."""
+        if not self._is_constant(args):
+            return None
+        with _without_modes():
+            return bool(func(*self._value(args)))
 
     def _need_fakes(self, is_needed: bool) -> None:
         if self.fakes and is_needed:
@@ -207,15 +248,20 @@ def _requires_grad(x: Any) -> bool:
     )
 
 
-def _condition(func: Any, args: Any) -> torch.Tensor | None:
-    """The condition without a value that an operation makes a Python bool of; None if it makes none."""
-    if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype is torch.bool:
-        (condition,) = args
-    elif func is torch.ops.aten.equal.default and args[0].shape == args[1].shape:
-        condition = (args[0] == args[1]).all()
-    else:
-        return None
-    return condition if isinstance(condition, FakeTensor) and condition.constant is None else None
+_ATEN = torch.ops.aten
+
+
+def _asks_for_truth(func: Any, args: Any) -> bool:
+    """Whether an operation makes a Python bool."""
+    return func is _ATEN.equal.default or (func is _ATEN._local_scalar_dense.default and args[0].dtype is torch.bool)
+
+
+def _condition(func: Any, args: Any) -> torch.Tensor:
+    """The same as a tensor."""
+    if func is not _ATEN.equal.default:
+        condition: torch.Tensor = args[0]
+        return condition
+    return (args[0] == args[1]).all() if args[0].shape == args[1].shape else torch.zeros((), dtype=torch.bool)
 
 
 def draws(func: Any, args: Any, kwargs: Any) -> bool:
@@ -596,9 +642,7 @@ def register_fake(library: torch.library.Library, name: str, fn: Callable[..., A
 # --- capture ----------------------------------------------------------------------------------------------------------
 
 
-def trace(
-    fn: Callable[..., Any], *args: Any, decide: Callable[[torch.Tensor], bool | None] | None = None
-) -> torch.fx.GraphModule:
+def trace(fn: Callable[..., Any], *args: Any, decide: Decide | None = None) -> torch.fx.GraphModule:
     """The operations of a function on fake tensors, free of writes but to what it closes over, by reference.
 
     What it asks of values, `decide` says; it may write down a check of that.
@@ -613,7 +657,7 @@ def trace(
     return module
 
 
-def _watched(fn: Callable[..., Any], decide: Callable[[torch.Tensor], bool | None] | None = None) -> Callable[..., Any]:
+def _watched(fn: Callable[..., Any], decide: Decide | None = None) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         with TraceWatch(decide):
             return fn(*args)
