@@ -52,6 +52,7 @@ class Outputs:
         random: whether it draws from torch's generator.
         effects: whether it does more than compute: print, call back.
         checks: what it asks of values, in order, where it raises for any other answer.
+        read: the constants whose values it asks.
     """
 
     avals: tuple[Aval, ...]
@@ -59,6 +60,7 @@ class Outputs:
     random: bool = False
     effects: bool = False
     checks: tuple[Check, ...] = ()
+    read: tuple[torch_private.Read, ...] = ()
 
 
 def aval_of(leaf: Any) -> Aval:
@@ -138,7 +140,7 @@ class _Path:
             self.others.clear()
             watch = torch_private.TraceWatch(self.decide, SHAPES)
             found = _run(flat, avals, mode, watch)
-        return replace(found, random=watch.draws)
+        return replace(found, random=watch.draws, read=tuple(watch.read.values()))
 
     def decide(self, condition: Callable[[], torch.Tensor], known: bool | None) -> bool | None:
         """The next answer; None where there were too many."""
@@ -197,6 +199,7 @@ class _GradientsWithGraphs(TorchFunctionMode):
 def _agreed(found: dict[Answers, Outputs], raised: dict[Answers, str]) -> Outputs:
     """What all ways through a function agree on; of a single one, what it checks."""
     first, *others = found.values()
+    first = replace(first, read=tuple(read for outputs in found.values() for read in outputs.read))
     for other in others:
         if (other.avals, other.structure) != (first.avals, first.structure):
             raise AbstractEvalError(

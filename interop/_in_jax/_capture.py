@@ -50,6 +50,7 @@ class Capture:
         linear: whether the function is linear in the active primals: its backward reads nothing that depends on them.
         draws: whether the forward draws random numbers, so that running it again would not give the same.
         unfollowed: which inexact outputs autograd does not follow.
+        read: the constants whose values the trace has asked.
     """
 
     forward: TorchFlat
@@ -62,6 +63,7 @@ class Capture:
     linear: bool
     draws: bool
     unfollowed: Mask
+    read: tuple[torch_private.Read, ...] = ()
 
     def find(self, primals: Sequence[Any], results: Sequence[Any]) -> list[Any]:
         """The saved values, from the primals and what the forward returned."""
@@ -149,6 +151,7 @@ def _capture(flat: TorchFlat, avals: tuple[Aval, ...], active: Mask) -> Capture:
     outputs = known.avals
     inexact = [aval for aval in outputs if aval.dtype.kind in "fcV"]
     checks, unfollowed = list(known.checks), list[bool]()
+    watch = torch_private.TraceWatch(functools.partial(_checked, checks))
     graph = torch_private.trace(
         _joint(flat, active, unfollowed),
         [
@@ -156,9 +159,10 @@ def _capture(flat: TorchFlat, avals: tuple[Aval, ...], active: Mask) -> Capture:
             for a, r in zip(avals, active, strict=True)
         ],
         [torch.empty(a.shape, dtype=TORCH_OF[a.dtype], device=traced_device()) for a in inexact],
-        decide=functools.partial(_checked, checks),
+        watch=watch,
     )
-    return _Cut(graph, flat, avals, active, outputs).capture(tuple(unfollowed))
+    cut = _Cut(graph, flat, avals, active, outputs).capture(tuple(unfollowed))
+    return replace(cut, read=tuple(watch.read.values()))
 
 
 def _checked(checks: list[Check], condition: Callable[[], torch.Tensor], known: bool | None) -> bool | None:

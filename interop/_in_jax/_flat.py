@@ -152,10 +152,10 @@ class TorchFlat(Flat):
             return self.memo(key, make)
         now = self.modes.constants()
         found: tuple[Hashable, _T] | None = self.memos.get(key)
-        if found is None or found[0] != now:
+        if found is None or _is_old(found, now):
             with self.lock:
                 found = self.memos.get(key)
-                if found is None or found[0] != now:
+                if found is None or _is_old(found, now):
                     made = make()  # which may itself have changed what the function reads: a list of its calls, say
                     found = self.memos[key] = self.modes.constants(), made
         return found[1]
@@ -283,6 +283,11 @@ class TorchFlat(Flat):
 
 
 jax_private.weak_in_caches(TorchFlat)  # else it would keep alive what nobody has any more
+
+
+def _is_old(found: tuple[Hashable, Any], now: Hashable) -> bool:
+    made_of, made = found
+    return made_of != now or torch_private.is_stale(getattr(made, "read", ()))
 
 
 def keyed(flat: TorchFlat, key: int, path: str) -> TorchFlat:

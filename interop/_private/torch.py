@@ -7,6 +7,7 @@ import functools
 import importlib
 import operator
 import types
+import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -144,6 +145,14 @@ class NeedsFakes(Exception):
 Decide: TypeAlias = "Callable[[Callable[[], torch.Tensor], bool | None], bool | None]"
 
 
+Read: TypeAlias = "tuple[weakref.ref[torch.Tensor], int]"  # a tensor whose value a trace has asked, and its version
+
+
+def is_stale(reads: Sequence[Read]) -> bool:
+    """Whether one of these tensors has been written to since."""
+    return any((t := ref()) is not None and version_of(t) != version for ref, version in reads)
+
+
 class TraceWatch(TorchDispatchMode):
     """Sees whether any operation under it draws from torch's generator, and undoes what a trace writes to real tensors.
 
@@ -170,6 +179,7 @@ class TraceWatch(TorchDispatchMode):
         self.shapes = shapes
         self.written: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.constants: dict[int, tuple[Any, Callable[[], Any]]] = {}  # traced tensors, and how their values are made
+        self.read: dict[int, Read] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = self.shapes[func](*args, **(kwargs or {})) if func in self.shapes else NotImplemented
@@ -221,6 +231,8 @@ class TraceWatch(TorchDispatchMode):
     def _value(self, x: Any) -> Any:
         if isinstance(x, tuple | list):
             return [*map(self._value, x)]
+        if type(x) in _REAL:
+            self.read[id(x)] = weakref.ref(x), version_of(x)
         return self.constants[id(x)][1]() if isinstance(x, FakeTensor) else x
 
     def _known(self, func: Any, args: Any) -> bool | None:
@@ -642,24 +654,24 @@ def register_fake(library: torch.library.Library, name: str, fn: Callable[..., A
 # --- capture ----------------------------------------------------------------------------------------------------------
 
 
-def trace(fn: Callable[..., Any], *args: Any, decide: Decide | None = None) -> torch.fx.GraphModule:
+def trace(fn: Callable[..., Any], *args: Any, watch: TraceWatch) -> torch.fx.GraphModule:
     """The operations of a function on fake tensors, free of writes but to what it closes over, by reference.
 
-    What it asks of values, `decide` says; it may write down a check of that.
+    What it asks of values, `watch` decides; it may write down a check of that.
     """
     from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415 - costs a second; only a capture pays
 
-    module = make_fx(_watched(fn, decide), tracing_mode="fake", _allow_non_fake_inputs=True)(*args)
+    module = make_fx(_watched(fn, watch), tracing_mode="fake", _allow_non_fake_inputs=True)(*args)
     if any(map(writes, module.graph.nodes)):
-        again = torch.func.functionalize(_watched(module))
+        again = torch.func.functionalize(_watched(module, TraceWatch()))
         with torch.no_grad():  # the gradients are in the graph already
             module = make_fx(again, tracing_mode="fake", _allow_non_fake_inputs=True)(*args)
     return module
 
 
-def _watched(fn: Callable[..., Any], decide: Decide | None = None) -> Callable[..., Any]:
+def _watched(fn: Callable[..., Any], watch: TraceWatch) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
-        with TraceWatch(decide):
+        with watch:
             return fn(*args)
 
     return run
