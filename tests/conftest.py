@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import textwrap
@@ -34,6 +35,7 @@ def _compile_in_a_hurry() -> None:
 
 
 _compile_in_a_hurry()
+gc.set_threshold(100_000, 30, 50)  # two frameworks are a million objects to look through: a tenth of all the time
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
