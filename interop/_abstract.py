@@ -140,7 +140,7 @@ class _Path:
             self.others.clear()
             watch = torch_private.TraceWatch(self.decide, SHAPES)
             found = _run(flat, avals, mode, watch)
-        return replace(found, random=watch.draws, read=tuple(watch.read.values()))
+        return replace(found, random=watch.draws, read=tuple(watch.constants.read.values()))
 
     def decide(self, condition: Callable[[], torch.Tensor], known: bool | None) -> bool | None:
         """The next answer; None where there were too many."""

@@ -232,6 +232,22 @@ CONSTANTS: dict[str, Fn] = {
 }
 
 
+def _filled(x: torch.Tensor) -> torch.Tensor:
+    """A constant that is none any more when it is asked."""
+    made = torch.zeros(3)
+    made[:2] = x[:2]
+    return x.sin() if (made > 0).any() else x.cos()
+
+
+@pytest.mark.parametrize("ask", ASKED.values(), ids=ASKED)
+def test_what_was_written_to_is_no_constant(ask: Callable[[Fn, Any], Any]) -> None:
+    found = list(ask(levels(_filled), jnp.asarray(EXAMPLES.numpy())))
+    for (value, gradient), x in zip(found, EXAMPLES, strict=True):
+        expected, derivative = of_torch(_filled, x)
+        np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(gradient, derivative, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("run", RAN.values(), ids=RAN)
 @pytest.mark.parametrize("fn", CONSTANTS.values(), ids=CONSTANTS)
 def test_what_is_asked_of_constants_is_known(fn: Fn, run: Fn, caplog: pytest.LogCaptureFixture) -> None:

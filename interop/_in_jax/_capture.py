@@ -161,8 +161,10 @@ def _capture(flat: TorchFlat, avals: tuple[Aval, ...], active: Mask) -> Capture:
         [torch.empty(a.shape, dtype=TORCH_OF[a.dtype], device=traced_device()) for a in inexact],
         watch=watch,
     )
+    if checks:
+        raise TypeError("it asks less of values than it did before")
     cut = _Cut(graph, flat, avals, active, outputs).capture(tuple(unfollowed))
-    return replace(cut, read=tuple(watch.read.values()))
+    return replace(cut, read=tuple(watch.constants.read.values()))
 
 
 def _checked(checks: list[Check], condition: Callable[[], torch.Tensor], known: bool | None) -> bool | None:

@@ -145,6 +145,56 @@ class NeedsFakes(Exception):
 Decide: TypeAlias = "Callable[[Callable[[], torch.Tensor], bool | None], bool | None]"
 
 
+class _Constants:
+    """The traced tensors that are made of constants alone, with what makes their values.
+
+    None is, once one has been written to: who shares its memory, nobody knows.
+    """
+
+    def __init__(self) -> None:
+        self.made: dict[int, tuple[Any, Callable[[], Any]]] = {}
+        self.are_known = True
+        self.read: dict[int, Read] = {}
+
+    def add(self, result: Any, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """Remember how a result is made, if it is one."""
+        every = (*args, *kwargs.values())
+        if func._schema.is_mutable and any(isinstance(x, torch.Tensor | list) and self._has(x) for x in every):
+            self.are_known = False
+        if draws(func, args, kwargs) or not self._has(every):
+            return
+
+        @functools.cache
+        def make() -> Any:
+            with torch.no_grad():
+                return func(*self._value(args), **{name: self._value(x) for name, x in kwargs.items()})
+
+        if isinstance(result, FakeTensor):
+            self.made[id(result)] = result, make
+        elif isinstance(result, tuple | list):
+            for index, item in enumerate(result):
+                self.made[id(item)] = item, lambda index=index: make()[index]  # type: ignore[misc]
+
+    def truth(self, func: Any, args: Any) -> bool | None:
+        """The Python bool that an operation makes of them; None of others."""
+        if PUBLIC_ONLY or not self._has(args):
+            return None
+        with _without_modes():
+            return bool(func(*self._value(args)))
+
+    def _has(self, x: Any) -> bool:
+        if isinstance(x, tuple | list):
+            return all(map(self._has, x))
+        return not isinstance(x, torch.Tensor) or (self.are_known and (type(x) in _REAL or id(x) in self.made))
+
+    def _value(self, x: Any) -> Any:
+        if isinstance(x, tuple | list):
+            return [*map(self._value, x)]
+        if type(x) in _REAL:
+            self.read[id(x)] = weakref.ref(x), version_of(x)
+        return self.made[id(x)][1]() if isinstance(x, FakeTensor) else x
+
+
 Read: TypeAlias = "tuple[weakref.ref[torch.Tensor], int]"  # a tensor whose value a trace has asked, and its version
 
 
@@ -178,18 +228,17 @@ class TraceWatch(TorchDispatchMode):
         self.decide = decide
         self.shapes = shapes
         self.written: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.constants: dict[int, tuple[Any, Callable[[], Any]]] = {}  # traced tensors, and how their values are made
-        self.read: dict[int, Read] = {}
+        self.constants = _Constants()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = self.shapes[func](*args, **(kwargs or {})) if func in self.shapes else NotImplemented
         if result is not NotImplemented:
             return result
-        if self.decide and _asks_for_truth(func, args):
-            answer = self.decide(functools.partial(_condition, func, args), self._known(func, args))
+        is_traced_too = any(issubclass(t, FakeTensor) for t in types)
+        if self.decide and _asks_for_truth(func, args) and (is_traced_too or not self.fakes):
+            answer = self.decide(functools.partial(_condition, func, args), self.constants.truth(func, args))
             if answer is not None:
                 return answer
-        is_traced_too = any(issubclass(t, FakeTensor) for t in types)
         if draws(func, args, kwargs or {}):
             self.draws = True
             self._need_fakes(not is_traced_too)
@@ -203,44 +252,8 @@ class TraceWatch(TorchDispatchMode):
         with self.fakes if in_fakes else contextlib.nullcontext():
             result = func(*args, **(kwargs or {}))
         if self.decide:
-            self._remember(result, func, args, kwargs or {})
+            self.constants.add(result, func, args, kwargs or {})
         return result
-
-    def _remember(self, result: Any, func: Any, args: Any, kwargs: Any) -> None:
-        """How the value of a result is made, if it is traced and all that it is made of is constant."""
-        if func._schema.is_mutable or draws(func, args, kwargs) or not self._is_constant((args, *kwargs.values())):
-            return
-
-        @functools.cache
-        def make() -> Any:
-            with torch.no_grad():
-                return func(*self._value(args), **{name: self._value(x) for name, x in kwargs.items()})
-
-        if isinstance(result, FakeTensor):
-            self.constants[id(result)] = result, make
-        elif isinstance(result, tuple | list):
-            for index, item in enumerate(result):
-                self.constants[id(item)] = item, lambda index=index: make()[index]  # type: ignore[misc]
-
-    def _is_constant(self, x: Any) -> bool:
-        if isinstance(x, tuple | list):
-            return all(map(self._is_constant, x))
-        is_read_only = not isinstance(x, torch.Tensor) or (type(x) in _REAL and id(x) not in self.written)
-        return is_read_only or id(x) in self.constants
-
-    def _value(self, x: Any) -> Any:
-        if isinstance(x, tuple | list):
-            return [*map(self._value, x)]
-        if type(x) in _REAL:
-            self.read[id(x)] = weakref.ref(x), version_of(x)
-        return self.constants[id(x)][1]() if isinstance(x, FakeTensor) else x
-
-    def _known(self, func: Any, args: Any) -> bool | None:
-        """What an operation reads of constants."""
-        if not self._is_constant(args):
-            return None
-        with _without_modes():
-            return bool(func(*self._value(args)))
 
     def _need_fakes(self, is_needed: bool) -> None:
         if self.fakes and is_needed:
