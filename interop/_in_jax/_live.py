@@ -76,7 +76,7 @@ def forward(flat: TorchFlat, arrays: Sequence[jax.Array], active: Mask) -> tuple
         outs, structure = flat.to_differentiate(*[t.clone() for t in tensors])
     inputs = [t for t in tensors if t.requires_grad]
     inexact = [out for out in outs if TORCH.is_inexact(out)]
-    live = Live(inputs, inexact, flat, [a.aval for a in arrays], active, home_of(arrays))
+    live = Live(inputs, inexact, flat, [*map(jax.typeof, arrays)], active, home_of(arrays))
     return at_home(results_to_arrays(outs, structure), live.home), structure, _handle(live)
 
 
