@@ -19,7 +19,7 @@ from interop import as_jax, differentiable, jittable
 torch.set_num_threads(1)
 DOSES, DEATHS = torch.tensor([-0.86, -0.30, -0.05, 0.73]), torch.tensor([0.0, 1.0, 3.0, 5.0])
 PRIOR = Normal(torch.tensor([0.0, 10.0]), torch.tensor([2.0, 10.0]))
-WARMUP, SAMPLES = 300, 1000
+WARMUP, SAMPLES = 300, 600
 
 
 @jittable
