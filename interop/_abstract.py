@@ -96,7 +96,8 @@ def infer_torch(flat: Flat, avals: Sequence[Aval]) -> Outputs:
     while waiting:
         path = _Path(waiting.pop(), room=_MAX_PATHS - len(found) - len(raised) - len(waiting))
         try:
-            outputs = path.follow(flat, avals)
+            with flat.put_back():
+                outputs = path.follow(flat, avals)
         except Exception as error:
             if torch_private.needs_values(error):
                 raise AbstractEvalError(
@@ -172,7 +173,7 @@ def infer_followed(flat: Flat, avals: Sequence[Aval], active: Mask) -> Mask:
     What it follows are the active inputs. None where that can't be told without values.
     """
     watch = torch_private.TraceWatch(lambda _, known: known is not False, SHAPES)
-    with torch_private.fake_mode(), watch, torch.enable_grad(), _GradientsWithGraphs():
+    with flat.put_back(), torch_private.fake_mode(), watch, torch.enable_grad(), _GradientsWithGraphs():
         fakes = [torch.empty(aval.shape, dtype=TORCH_OF[aval.dtype], device=traced_device()) for aval in avals]
         try:
             outs, _ = flat.fn(*[x.requires_grad_(a).clone() for x, a in zip(fakes, active, strict=True)])

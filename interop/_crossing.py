@@ -20,7 +20,7 @@ import torch
 import wrapt
 
 from interop import _compiled
-from interop._call import Entry, Record, Wrapper, located
+from interop._call import Entry, Record, Wrapper
 from interop._containers import is_container
 from interop._errors import InteropError, OptionError, UnsupportedError
 from interop._located import look_up
@@ -224,8 +224,7 @@ def entry_of(crossing: Any, args: tuple[Any, ...]) -> tuple[Entry | None, tuple[
 
 def no_script(name: str) -> InteropError:
     """What `torch.jit.script` is told."""
-    error = UnsupportedError("torch.jit.script has no words for a JAX function", hint="Use torch.export")
-    return located(error, name)
+    return UnsupportedError("torch.jit.script has no words for a JAX function", hint="Use torch.export").of(name)
 
 
 def _unused(*_: Any) -> Any:

@@ -104,6 +104,10 @@ class Flat:
         """The function over a batch: every output has the batch as its first axis."""
         return self.memo(("vmap", in_axes), lambda: self.derived("vmap", derive_vmap(self, in_axes)))
 
+    def put_back(self) -> contextlib.AbstractContextManager[Any]:
+        """Undoes what a trace of the function leaves behind."""
+        return contextlib.nullcontext()
+
     def locate(self, error: InteropError) -> InteropError:
         """The error with the function and the path of the leaf in it, where no frame above will fill them in."""
         error.function = error.function or self.name.partition(".")[0]  # of the function, not of what is derived

@@ -1156,6 +1156,20 @@ def test_a_gradient_that_is_taken_inside_has_a_derivative_or_says_that_it_has_no
                 jax.block_until_ready(wrap(ask)(at))
 
 
+def test_asking_whether_it_has_one_leaves_nothing_in_a_module() -> None:
+    """What was traced for that is taken back; what the run itself has assigned stays."""
+    keeper = torch.nn.Module()
+    keeper.register_buffer("kept", torch.zeros(3))
+
+    def force(x: torch.Tensor) -> torch.Tensor:
+        keeper.kept = x.requires_grad_() ** 2
+        return torch.autograd.grad(keeper.kept.sum(), x)[0]
+
+    with pytest.raises(interop.NotDifferentiableError, match="create_graph=True"):
+        jax.grad(lambda x: levels(force)(x).sum())(examples[0])
+    assert_same(keeper.kept.detach(), torch.tensor((examples[0] ** 2).tolist()))
+
+
 def test_a_result_that_is_no_array_is_not_what_was_promised() -> None:
     f = uncaptured(lambda x: (x.sum(), float(x.detach().sum())))
     with pytest.raises(jax.errors.JaxRuntimeError, match="another pytree than was promised"):

@@ -62,7 +62,7 @@ class Capture:
     inexact: tuple[Aval, ...]
     linear: bool
     draws: bool
-    unfollowed: Mask
+    unfollowed: Mask = ()
     read: tuple[torch_private.Read, ...] = ()
 
     def find(self, primals: Sequence[Any], results: Sequence[Any]) -> list[Any]:
@@ -117,8 +117,7 @@ def _try_capture(flat: TorchFlat, avals: tuple[Aval, ...], active: Mask) -> Capt
     try:
         # In inference mode nothing is recorded, and every gradient would be zero; anomaly mode looks at values.
         anomalies = torch.autograd.set_detect_anomaly(mode=False)
-        as_before = flat.modes.put_back() if flat.modes else contextlib.nullcontext()
-        with torch.inference_mode(mode=False), anomalies, torch_private.everything_is_saved(), as_before:
+        with torch.inference_mode(mode=False), anomalies, torch_private.everything_is_saved(), flat.put_back():
             found = _capture(flat, avals, active)
     except Exception as error:
         if flat.levels.example_output is None and _is_of_the_user(error):
@@ -163,8 +162,8 @@ def _capture(flat: TorchFlat, avals: tuple[Aval, ...], active: Mask) -> Capture:
     )
     if checks:
         raise TypeError("it asks less of values than it did before")
-    cut = _Cut(graph, flat, avals, active, outputs).capture(tuple(unfollowed))
-    return replace(cut, read=tuple(watch.constants.read.values()))
+    cut = _Cut(graph, flat, avals, active, outputs).capture()
+    return replace(cut, unfollowed=tuple(unfollowed), read=tuple(watch.constants.read.values()))
 
 
 def _checked(checks: list[Check], condition: Callable[[], torch.Tensor], known: bool | None) -> bool | None:
@@ -292,7 +291,7 @@ class _Cut:
             return True
         return node.target in _VIEWS | _PARTS and self._has(node.args[0])
 
-    def capture(self, unfollowed: Mask) -> Capture:
+    def capture(self) -> Capture:
         """The two graphs, and what lies between them."""
         read = [n for node in self.backward_nodes for n in node.all_input_nodes if n not in self.backward_nodes]
         read += [g for g in self.grads if isinstance(g, torch.fx.Node) and g not in self.backward_nodes]
@@ -334,7 +333,6 @@ class _Cut:
             self.inexact,
             self._is_linear(between),
             key is None and any(map(_is_random, self.forward_nodes)),
-            unfollowed,
         )
 
     def _seeded(self, graph: Graph, key: int) -> Graph:

@@ -239,7 +239,7 @@ def _linear_transpose(
         return [None] * len(operands)
     if isinstance(source, Capture):
         lost = [p and u for p, u in zip(present, source.unfollowed, strict=True)]
-        flat.refuse_lost(tuple(map(aval_of, primals)), active, lost)
+        flat.refuse_graphless(primals, active, lost)
         dense = [ad.instantiate_zeros(c) for c in cotangents]
         operands_ = jax_private.vary([*residuals, *primals, *dense])
         grads = torch_backward.bind(*operands_, flat=flat, active=active, cut=source)
@@ -454,6 +454,8 @@ def _register(primitive: Any, run_rule: Any, avals: Any, vmap: Any, lowering: An
     primitive.def_effectful_abstract_eval(avals)
     batching.primitive_batchers[primitive] = vmap
     mlir.register_lowering(primitive, lowering)
+    jet.jet_rules[primitive] = functools.partial(_taylor, primitive)
+    jax_private.look_for_nan(primitive)
 
 
 _register(
@@ -492,9 +494,6 @@ _register(
         trusted=True,
     ),
 )
-for _primitive in (torch_call, torch_forward, torch_linear, torch_backward):
-    jet.jet_rules[_primitive] = functools.partial(_taylor, _primitive)
-    jax_private.look_for_nan(_primitive)
 ad.primitive_jvps[torch_call] = _call_jvp
 ad.primitive_jvps[torch_forward] = _forward_jvp
 ad.primitive_jvps[torch_linear] = _linear_jvp

@@ -160,15 +160,16 @@ class TorchFlat(Flat):
                     found = self.memos[key] = self.modes.constants(), made
         return found[1]
 
-    def refuse_lost(self, avals: tuple[Aval, ...], active: Mask, asked: Sequence[bool]) -> None:
+    def refuse_graphless(self, inputs: Sequence[Any], active: Mask, asked: Sequence[bool]) -> None:
         """Raise where a derivative is asked of an output that autograd has lost: a gradient taken without its graph.
 
-        `active` is over the inputs. `asked` is over the inexact outputs: those that autograd does not follow, and whose
-        derivative counts. Of a constant, and of what is detached, it is zero.
+        `active` is over the inputs, which are leaves, or their types. `asked` is over the inexact outputs: those that
+        autograd does not follow, and whose derivative counts. Of a constant, and of what is detached, it is zero.
         """
         if self.order or not any(asked):
             return
-        if any(a and f for a, f in zip(asked, self._followed_with_graphs(avals, active), strict=False)):
+        followed = self._followed_with_graphs(tuple(map(aval_of, inputs)), active)
+        if any(a and f for a, f in zip(asked, followed, strict=False)):
             raise NotDifferentiableError(
                 "its result is a gradient that was taken without a graph, and has no derivative",
                 hint="Take it by torch.autograd.grad(..., create_graph=True)",
@@ -180,14 +181,17 @@ class TorchFlat(Flat):
             return example._followed_with_graphs(tuple(map(_without_axis, avals, in_axes)), active)
         return self.memo_of_now(("followed", avals, active), lambda: infer_followed(self, avals, active))
 
+    def put_back(self) -> contextlib.AbstractContextManager[Any]:
+        """Undoes what a trace of the function assigns to modules."""
+        return self.modes.put_back() if self.modes else contextlib.nullcontext()
+
     def _outputs(self, avals: tuple[Aval, ...]) -> Outputs:
         promised: Callable[[Sequence[Aval]], Outputs] | None = self.known or self.levels.example_output
         if promised:
             found = promised(avals)
         else:
             tell(self.name, "traced for %s", lambda: describe_all(avals))
-            with self.modes.put_back() if self.modes else contextlib.nullcontext():
-                found = infer_torch(self, avals)
+            found = infer_torch(self, avals)
         kept: list[Aval] = []
         for index, aval in enumerate(found.avals):
             try:
@@ -203,7 +207,7 @@ class TorchFlat(Flat):
     def _jvp(self, nonzero: Mask) -> Self:
         base = self._followed()
         forward, twice = (self._again(way(base, nonzero)) for way in (jvp_by_forward_mode, jvp_by_transposes))
-        in_torchs_way = self._again(jvp_by_autograd(base, nonzero, base.refuse_lost))
+        in_torchs_way = self._again(jvp_by_autograd(base, nonzero, base.refuse_graphless))
         name, once = f"{self.name}.jvp", base.order == 0
         ways = (*((forward,) if once else ()), composite(forward), twice, composite(twice), in_torchs_way)
         quick = self._derived("jvp", first_that_runs(name, self.closed_over, *ways), base.order + 1)
@@ -219,7 +223,7 @@ class TorchFlat(Flat):
     def _vjp(self, nonzero: Mask, present: Mask) -> Self:
         base = self._followed()
         transpose = self._again(derive_vjp(base, nonzero, present))
-        in_torchs_way = self._again(vjp_by_autograd(base, nonzero, present, base.refuse_lost))
+        in_torchs_way = self._again(vjp_by_autograd(base, nonzero, present, base.refuse_graphless))
         ways = (*((transpose,) if base.order == 0 else ()), composite(transpose), in_torchs_way)
         vjp = self._derived("vjp", first_that_runs(f"{self.name}.vjp", self.closed_over, *ways), base.order + 1)
         vjp.known = lambda avals: replace(

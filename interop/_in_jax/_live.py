@@ -16,7 +16,6 @@ import jax
 import numpy as np
 import torch
 
-from interop._abstract import aval_of
 from interop._derive import Mask, Static
 from interop._in_jax._flat import (
     TorchFlat,
@@ -49,8 +48,7 @@ class Live:
     def pull(self, cotangents: Sequence[Any]) -> list[jax.Array]:
         """The gradients of the active inputs, in JAX's complex convention; an absent cotangent is zero."""
         lost = [c is not None and not o.requires_grad for o, c in zip(self.outputs, cotangents, strict=True)]
-        if any(lost):
-            self.flat.refuse_lost(tuple(map(aval_of, self.avals)), self.active, lost)
+        self.flat.refuse_graphless(self.avals, self.active, lost)
         asked = [(o, c) for o, c in zip(self.outputs, cotangents, strict=True) if c is not None and o.requires_grad]
         # JAX makes some cotangents on the device that it computes on by default.
         pairs = [(o, TORCH.conjugated(array_to_tensor(c)).to(o.device)) for o, c in asked]

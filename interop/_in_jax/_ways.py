@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - as everybody calls it
 from torch.overrides import TorchFunctionMode
 
-from interop._abstract import Aval, aval_of, check_structure, infer_torch
+from interop._abstract import aval_of, check_structure, infer_torch
 from interop._derive import NOTHING, Flat, FlatFn, Mask, Static, derive_jvp, inexact_part, pick
 from interop._errors import AbstractEvalError, InteropError, NotDifferentiableError, UnsupportedError
 from interop._in_jax._random import Watched, refused
@@ -198,10 +198,10 @@ def _refuse_lost(flat: Flat, outs: Leaves, tangents: Leaves, gradients: Leaves, 
         ).of(flat.name)
 
 
-Refuse: TypeAlias = Callable[[tuple[Aval, ...], Mask, Sequence[bool]], None]
+_Refuse: TypeAlias = Callable[[Leaves, Mask, Sequence[bool]], None]
 
 
-def jvp_by_autograd(flat: Flat, nonzero: Mask, refuse_lost: Refuse) -> FlatFn:
+def jvp_by_autograd(flat: Flat, nonzero: Mask, refuse_graphless: _Refuse) -> FlatFn:
     """The same by torch's own backward, for what `torch.func` does not take: an old-style autograd function."""
     count = len(nonzero)
 
@@ -210,7 +210,7 @@ def jvp_by_autograd(flat: Flat, nonzero: Mask, refuse_lost: Refuse) -> FlatFn:
         with torch.enable_grad():
             primals, outs = _recorded(flat, leaves[:count], nonzero)
             outs = tuple(out for out in outs if TORCH.is_inexact(out))
-            refuse_lost(tuple(map(aval_of, primals)), _active(primals), [not out.requires_grad for out in outs])
+            refuse_graphless(primals, _active(primals), [not out.requires_grad for out in outs])
             points = [torch.ones_like(out, requires_grad=True) for out in outs]
             grads = _gradients(outs, pick(primals, nonzero), points, create_graph=True)
             moved = _gradients(grads, points, leaves[count:], create_graph=again)
@@ -220,7 +220,7 @@ def jvp_by_autograd(flat: Flat, nonzero: Mask, refuse_lost: Refuse) -> FlatFn:
     return jvp
 
 
-def vjp_by_autograd(flat: Flat, nonzero: Mask, present: Mask, refuse_lost: Refuse) -> FlatFn:
+def vjp_by_autograd(flat: Flat, nonzero: Mask, present: Mask, refuse_graphless: _Refuse) -> FlatFn:
     """The transpose by torch's own backward."""
     count = len(nonzero)
 
@@ -228,16 +228,12 @@ def vjp_by_autograd(flat: Flat, nonzero: Mask, present: Mask, refuse_lost: Refus
         again, given = torch.is_grad_enabled(), iter(leaves[count:])
         with torch.enable_grad():
             primals, outs = _recorded(flat, leaves[:count], nonzero)
-        refuse_lost(
-            tuple(map(aval_of, primals)),
-            _active(primals),
-            [p and not o.requires_grad for o, p in zip(outs, present, strict=True) if TORCH.is_inexact(o)],
-        )
+        lost = [p and not o.requires_grad for o, p in zip(outs, present, strict=True) if TORCH.is_inexact(o)]
+        refuse_graphless(primals, _active(primals), lost)
         cotangents = [TORCH.conjugated(next(given)) if p else None for p in present]
         points = pick(primals, nonzero)
-        pull = twice(lambda given: _gradients(outs, points, given, create_graph=again), leaves[:count], outs)
-        grads = pull(cotangents)
-        return tuple(map(TORCH.conjugated, grads)), NOTHING
+        pull = twice(lambda along: _gradients(outs, points, along, create_graph=again), leaves[:count], outs)
+        return tuple(map(TORCH.conjugated, pull(cotangents))), NOTHING
 
     return vjp
 

@@ -699,7 +699,7 @@ def writes(node: Any) -> bool:
 def acts(node: Any) -> bool:
     """Whether an operation of a graph counts though nobody reads what it returns: it writes, or raises."""
     schema: Any = getattr(node.target, "_schema", None)
-    if not schema or node.target is torch.ops.aten._assert_tensor_metadata.default:  # a guard of the trace
+    if not schema or node.target is _ATEN._assert_tensor_metadata.default:  # a guard of the trace
         return False
     return bool(schema.is_mutable or not schema.returns)
 
