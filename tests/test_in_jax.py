@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -1195,6 +1195,25 @@ def test_forward_mode_is_of_what_backward_is(wrap: Callable[..., Any]) -> None:
     assert_same(wrap(jax.hessian(f))(x), jnp.zeros((3, 3)))
     own = torch.func.jvp(half_followed, (torch.ones(3),), (torch.ones(3),))[1]
     assert own == 12, "torch's forward mode knows no_grad now: leave jvp_by_forward_mode to it"
+
+
+def test_a_generator_that_is_closed_in_a_derivative_sees_no_error() -> None:
+    """It closes under no_grad, which forward mode looks for; the collector may do that at any time."""
+
+    @torch.no_grad()
+    def numbers() -> Iterator[int]:
+        yield from range(3)
+
+    def closing(x: torch.Tensor) -> torch.Tensor:
+        left.pop()
+        return (x * x).sum()
+
+    left = [numbers() for _ in range(9)]  # one for each time that it runs
+    for generator in left:
+        next(generator)
+    del generator
+    x = examples[0]
+    assert_same(jax.jvp(levels(closing), (x,), (x,))[1], 2 * x @ x)  # an error there would be a warning, which is one here
 
 
 def bent(x: torch.Tensor) -> torch.Tensor:

@@ -139,16 +139,22 @@ def jvp_by_forward_mode(flat: Flat, nonzero: Mask) -> FlatFn:
     jvp = derive_jvp(flat, nonzero)
 
     def watched(*leaves: Leaf) -> tuple[Leaves, Static]:
-        with _NoGradIsRefused():
-            return jvp(*leaves)
+        with _NoGradIsSeen() as seen:
+            result = jvp(*leaves)
+        if seen.no_grad:
+            raise RuntimeError("forward mode follows what is computed under no_grad")
+        return result
 
     return watched
 
 
-class _NoGradIsRefused(TorchFunctionMode):
+class _NoGradIsSeen(TorchFunctionMode):
+    """It lets everything pass: a generator that the collector closes in here may not see an error of ours."""
+
+    no_grad = False
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch_private.set_grad_enabled and args == (False,):
-            raise RuntimeError("forward mode follows what is computed under no_grad")
+        self.no_grad |= func is torch_private.set_grad_enabled and args == (False,)
         return func(*args, **(kwargs or {}))
 
 
