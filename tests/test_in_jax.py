@@ -1213,7 +1213,7 @@ def test_a_generator_that_is_closed_in_a_derivative_sees_no_error() -> None:
         next(generator)
     del generator
     x = examples[0]
-    assert_same(jax.jvp(levels(closing), (x,), (x,))[1], 2 * x @ x)  # an error there would be a warning, which is one here
+    assert_same(jax.jvp(levels(closing), (x,), (x,))[1], 2 * x @ x)  # an error there is a warning, and one here
 
 
 def bent(x: torch.Tensor) -> torch.Tensor:
