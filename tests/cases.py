@@ -19,7 +19,7 @@ import torch
 import torch.utils._pytree as torch_pytree
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """A function in both frameworks, with arguments.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -59,7 +60,7 @@ class Host:
     name: str
 
     def cross(self, case: Case) -> Fn:
-        """The case's function of the other framework, as a function of this one."""
+        """The case's function of the other framework, as a function of this one: crossed once, under every transform."""
         raise NotImplementedError
 
     def native(self, case: Case) -> Fn:
@@ -76,11 +77,15 @@ class Host:
 
     def total(self, tree: Tree) -> Any:
         """A real number that every element of every inexact leaf has a different share in."""
-        return sum(((x * self.weights(x)).real.sum() for x in self.inexact(tree)), self.zero())
+        return sum((self.real_sum(x * self.weights(x)) for x in self.inexact(tree)), self.zero())
+
+    def real_sum(self, x: Any) -> Any:
+        """The sum of the real parts of its elements."""
+        return x.real.sum()
 
     def plain_sum(self, tree: Tree) -> Any:
         """A real number whose cotangents have stride 0: they are one number, expanded."""
-        return sum((x.real.sum() for x in self.inexact(tree)), self.zero())
+        return sum((self.real_sum(x) for x in self.inexact(tree)), self.zero())
 
     def total_of_transposed(self, tree: Tree) -> Any:
         """A real number whose cotangents are not contiguous: they come back through a transposition."""
@@ -141,6 +146,7 @@ class TorchHost(Host):
 
     name = "torch"
 
+    @functools.cache  # noqa: B019 - there is one host of each kind
     def cross(self, case: Case) -> Fn:
         return interop.jittable(interop.differentiable(interop.as_torch(case.jax_fn)))
 
@@ -312,6 +318,7 @@ class JaxHost(Host):
 
     name = "jax"
 
+    @functools.cache  # noqa: B019 - there is one host of each kind
     def cross(self, case: Case) -> Fn:
         return interop.jittable(interop.differentiable(interop.as_jax(case.torch_fn)))
 
@@ -329,6 +336,10 @@ class JaxHost(Host):
 
     def zero(self) -> jax.Array:
         return jnp.zeros(())
+
+    def real_sum(self, x: jax.Array) -> jax.Array:
+        x = jax.lax.real(x) if jnp.iscomplexobj(x) else x  # `x.real` is jitted, and compiled again for every gradient
+        return jax.lax.reduce_sum(x, range(x.ndim))
 
     def weights(self, x: jax.Array) -> jax.Array:
         n = np.arange(x.size, dtype=np.float64).reshape(x.shape) + 1
