@@ -38,6 +38,7 @@ _compile_in_a_hurry()
 gc.set_threshold(100_000, 30, 50)  # two frameworks are a million objects to look through: a tenth of all the time
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A file stays in one process; a test whose program has its own goes wherever there is room.
 

@@ -62,3 +62,9 @@ def test_the_version_is_in_one_place() -> None:
 
 def test_the_run_time_needs_six_packages() -> None:
     assert {line.partition(">")[0] for line in PROJECT["dependencies"]} == RUN_TIME
+
+
+def test_a_file_is_set_up_in_one_process(request: pytest.FixtureRequest) -> None:
+    """Where tests run in several: what a file sets up takes minutes, and would be set up in each."""
+    if hasattr(request.config, "workerinput"):
+        assert request.node.nodeid.endswith("@test_packaging")
