@@ -204,13 +204,19 @@ RAN: dict[str, Callable[[Fn, Any], Any]] = {
 }  # fmt: skip
 
 
+def in_torch(run: Fn, fn: Fn, x: torch.Tensor) -> torch.Tensor:
+    """What one of these computes, by torch itself."""
+    value, gradient = of_torch(fn, x)
+    return gradient if run in (RAN["gradient"], RAN["batch of gradients"]) else value
+
+
 @pytest.mark.parametrize("fn", CHECKED.values(), ids=CHECKED)
 @pytest.mark.parametrize("run", RAN.values(), ids=RAN)
 def test_what_a_function_checks_is_checked_in_a_program(fn: Fn, run: Fn) -> None:
     """Also where the gradient is a captured graph. Afterwards everything works."""
     call, x = run(levels(fn)), torch.tensor([0.2, 0.5, 1.5])
     good, bad = jnp.asarray(x.numpy()), jnp.array([0.2, -0.5, 1.5])
-    expected = of_torch(fn, x)[run in (RAN["gradient"], RAN["batch of gradients"])]
+    expected = in_torch(run, fn, x)
     np.testing.assert_allclose(call(good), expected, rtol=1e-4, atol=1e-5)
     said = r"(?s)(<lambda>|positive): ValueError: (it must be positive|Expected parameter|var has).*test_conditions.py:"
     with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match=said):
@@ -245,7 +251,7 @@ CONSTANTS: dict[str, Fn] = {
 def test_what_is_asked_of_constants_is_known(fn: Fn, run: Fn, caplog: pytest.LogCaptureFixture) -> None:
     """And no reason not to capture."""
     x = torch.tensor([0.2, 0.5, 1.5])
-    expected = of_torch(fn, x)[run in (RAN["gradient"], RAN["batch of gradients"])]
+    expected = in_torch(run, fn, x)
     with caplog.at_level("DEBUG", logger="interop"):
         np.testing.assert_allclose(run(levels(fn))(jnp.asarray(x.numpy())), expected, rtol=1e-4, atol=1e-5)
     assert "recomputed" not in caplog.text
